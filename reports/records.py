@@ -1,0 +1,221 @@
+"""What a run leaves behind: one `Trial` per sample and cell. Plain data, versioned, no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+"""Version of trials, manifest and summary. Fields are only ever added within a version."""
+
+
+class Outcome(StrEnum):
+    """What one attacked path did on one sample. An error is never a finding, nor a finding an error."""
+
+    SUCCESS = "success"
+    """The attack succeeded: right on the clean image, wrong on the attacked one."""
+    FAILURE = "failure"
+    """The attack failed: still right."""
+    NOT_APPLICABLE = "not_applicable"
+    """The path was wrong on the clean image already, so nothing can be said."""
+    ERROR = "error"
+    """The trial could not be measured."""
+
+
+class Diagnosis(StrEnum):
+    """Why a compression-specific failure happened, by the swap test."""
+
+    RANKING = "ranking"
+    """Clean kept set repairs it and attacked kept set reproduces it: the ranking is the cause."""
+    RANKING_PARTIAL = "ranking_partial"
+    """The clean kept set repairs it; the attacked set alone does not reproduce it."""
+    CONTENT = "content"
+    """Neither: an adversarial example for the compressed path, not a ranking flip."""
+    MIXED = "mixed"
+    """The attacked kept set breaks the clean image too, but the clean set does not repair."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Answer(_Record):
+    """One answer of the model and whether it is right."""
+
+    text: str
+    correct: bool
+
+
+class Answers(_Record):
+    """The four answers that count, all from saved 8-bit images."""
+
+    clean_full: Answer
+    clean_compressed: Answer
+    attacked_full: Answer
+    attacked_compressed: Answer
+
+
+class Tokens(_Record):
+    """Which visual tokens survived, and how the ranking moved. Token i is row-major on the grid."""
+
+    grid: tuple[int, int]
+    """Rows and columns of the visual token grid."""
+    kept_clean: list[int]
+    kept_attacked: list[int]
+    jaccard: float
+    spearman: float | None
+    kendall: float | None
+    top_preserved: float | None
+    """Share of the clean top tokens still in the attacked top (top = 100/576 of the tokens)."""
+    bottom_infiltrated: float | None
+    """Share of the clean bottom tokens that entered the attacked top."""
+    evidence: list[int] | None
+    """Tokens that cover what the question asks about, where ground truth exists."""
+    evidence_kept_clean: float | None
+    evidence_kept_attacked: float | None
+
+
+class Swap(_Record):
+    """The swap test of one compression-specific failure."""
+
+    recovered: bool
+    """The attacked image answers right again when the clean kept set is forced."""
+    reproduced: bool
+    """The clean image fails when the attacked kept set is forced."""
+    recovered_text: str
+    reproduced_text: str
+    diagnosis: Diagnosis
+
+
+class Distance(_Record):
+    """Size of the perturbation, from the 8-bit images."""
+
+    linf: float
+    """Largest absolute change, in [0, 1] pixel units."""
+    l2: float
+    psnr: float | None
+    """Peak signal-to-noise ratio in dB; None when the images are equal."""
+
+
+class TrialError(_Record):
+    """Why a trial could not be measured."""
+
+    type: str
+    message: str
+    where: str
+    traceback: str
+
+
+class Trial(_Record):
+    """One sample in one cell."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    cell: str
+    """Id of the cell, see `Cell`."""
+    sample: str
+    image: str
+    """Id of the clean image; several samples (questions) may share one: the unit of the bootstrap."""
+    kind: str
+    """Kind of question (the dataset's own), "" if it has none."""
+    question: str
+    truth: str
+    seed: int
+    answers: Answers | None = None
+    """None exactly when `error` is set."""
+    tokens: Tokens | None = None
+    """None when the compressor has no kept set (or the cell has no compression)."""
+    swap: Swap | None = None
+    """Present exactly for compression-specific failures."""
+    distance: Distance | None = None
+    clean_png: str | None = None
+    """Content hash (SHA-256, hex) of the clean image file under images/."""
+    attacked_png: str | None = None
+    loss: list[float] = Field(default_factory=list)
+    """The attack's loss trace, at most 64 points, first and last included."""
+    checks: list[str] = Field(default_factory=list)
+    """Self-checks that fired on this sample, each naming its remedy."""
+    timings: dict[str, float] = Field(default_factory=dict)
+    """Seconds by phase; never part of the summary's cells."""
+    error: TrialError | None = None
+
+    @property
+    def compression_specific_failure(self) -> bool:
+        """Right on all of clean full, clean compressed, attacked full; wrong attacked compressed."""
+        a = self.answers
+        return a is not None and (
+            a.clean_full.correct
+            and a.clean_compressed.correct
+            and a.attacked_full.correct
+            and not a.attacked_compressed.correct
+        )
+
+    def outcome(self, path: Literal["full", "compressed"]) -> Outcome:
+        """Outcome of the attack on one path."""
+        if self.answers is None:
+            return Outcome.ERROR
+        a = self.answers
+        clean, attacked = (
+            (a.clean_full, a.attacked_full)
+            if path == "full"
+            else (a.clean_compressed, a.attacked_compressed)
+        )
+        if not clean.correct:
+            return Outcome.NOT_APPLICABLE
+        return Outcome.FAILURE if attacked.correct else Outcome.SUCCESS
+
+
+class Cell(_Record):
+    """One point of the plan: a target, a compression, an attack, a defence, a budget.
+
+    The five names are labels for people, unique within a scenario; `spec` holds the resolved options.
+    """
+
+    id: str
+    """Short stable hash of the five resolved specifications."""
+    target: str
+    compression: str
+    attack: str
+    defense: str
+    epsilon: float
+    norm: str = "linf"
+    knowledge: str
+    """Value of the attack's Knowledge."""
+    knows_compression: bool
+    spec: dict[str, Any]
+    """Resolved options: {"target": {...}, "compression": {...}, "attack": {...}, ...}."""
+
+
+class GateSpec(_Record):
+    """One gate as the scenario states it."""
+
+    name: str
+    metric: str
+    max: float | None = None
+    min: float | None = None
+    where: dict[str, str | float] = Field(default_factory=dict)
+    """Cells it covers: any of target, compression, attack, defense (labels) and epsilon."""
+    confidence: float = 0.95
+    line: int | None = None
+    """Line of the gate in the scenario file."""
+
+
+class Manifest(_Record):
+    """What was asked for and with what: written before the first trial."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    description: str = ""
+    created: str
+    """UTC, ISO 8601."""
+    scenario: dict[str, Any]
+    """The resolved scenario; a resume must match it exactly."""
+    scenario_hash: str
+    seed: int
+    cells: list[Cell]
+    samples: list[str]
+    """Sample ids every cell runs on, in order."""
+    gates: list[GateSpec]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    """Versions, hardware, weight hashes, command line."""
