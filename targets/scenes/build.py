@@ -70,7 +70,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     ids = {word: i for i, word in enumerate(vocabulary())}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))  # noqa: S106 - not a password
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
@@ -104,7 +104,7 @@ def build_processor() -> LlavaProcessor:
         patch_size=world.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        image_token="<image>",  # noqa: S106 - not a password
+        image_token="<image>",
         chat_template=CHAT_TEMPLATE,
     )
 

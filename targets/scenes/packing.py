@@ -29,7 +29,7 @@ class Packed:
         targets: next-token labels ``[S, PACK]``; only answers and end marks count, else IGNORE.
         block: which question a text token belongs to, ``[S, PACK]``, -1 for padding.
         positions: position id of each text token, restarting for every question, ``[S, PACK]``.
-        asks: index in the pack of each question's last prompt token, ``[S, QUESTIONS]``, -1 if none.
+        asks: index of each question's last prompt token, ``[S, QUESTIONS]``, -1 if none.
         kinds: index in `world.KINDS` of each question, -1 if none.
         evidence: bool ``[S, QUESTIONS, V]``, tokens that answer each question.
         patches: dense labels ``[S, V, 3]``, see `world.patch_labels`.

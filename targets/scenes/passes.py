@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from targets.scenes import build, world
-from targets.scenes.packing import IGNORE, PREFIX, Packed
+from targets.scenes.packing import IGNORE, Packed
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -26,7 +26,7 @@ at layer `late` by the ranking attention or at random."""
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """One forward pass: how many visual tokens stay, chosen how, and whether early reading is cut."""
+    """One forward pass: how many visual tokens stay, chosen how, whether early reading is cut."""
 
     keep: int = world.GRID**2
     drop: Drop = "none"

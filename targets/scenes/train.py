@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +263,7 @@ class Trainer:
             }
         return out
 
-    def log(self, **entry: Any) -> None:
+    def log(self, **entry: object) -> None:
         """Append one line to the training log and show it."""
         line = json.dumps(
             {"seconds": round(time.monotonic() - self.start), "seen": self.seen, **entry}

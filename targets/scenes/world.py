@@ -202,7 +202,7 @@ def tokens_of(boxes: tuple[Box, ...], *, share: float = 0.1) -> npt.NDArray[np.b
 
 
 def _place(rng: np.random.Generator) -> tuple[tuple[Object, ...], Sign | None]:
-    """Choose objects on grid corners (so each covers 2 × 2 patches) and a sign, none overlapping."""
+    """Choose objects on grid corners (each covers 2 × 2 patches) and a sign, none overlapping."""
     free = np.ones((GRID, GRID), dtype=bool)
     sign = None
     if rng.random() < 0.6:
