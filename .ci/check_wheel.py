@@ -1,4 +1,4 @@
-"""Run the installed wheel from a folder that is not the checkout: quickstart and weights included."""
+"""Run the installed wheel away from the checkout: quickstart and weights included."""
 
 from __future__ import annotations
 
