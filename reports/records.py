@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 """Version of trials, manifest and summary. Fields are only ever added within a version."""
 
 
 class Outcome(StrEnum):
-    """What one attacked path did on one sample. An error is never a finding, nor a finding an error."""
+    """What one attacked path did on one sample: an error is never a finding, nor the reverse."""
 
     SUCCESS = "success"
     """The attack succeeded: right on the clean image, wrong on the attacked one."""
@@ -116,7 +116,7 @@ class Trial(_Record):
     """Id of the cell, see `Cell`."""
     sample: str
     image: str
-    """Id of the clean image; several samples (questions) may share one: the unit of the bootstrap."""
+    """Id of the clean image, which several questions may share: the unit of the bootstrap."""
     kind: str
     """Kind of question (the dataset's own), "" if it has none."""
     question: str
@@ -142,7 +142,7 @@ class Trial(_Record):
 
     @property
     def compression_specific_failure(self) -> bool:
-        """Right on all of clean full, clean compressed, attacked full; wrong attacked compressed."""
+        """Right on clean full, clean compressed, attacked full; wrong on attacked compressed."""
         a = self.answers
         return a is not None and (
             a.clean_full.correct
@@ -169,7 +169,8 @@ class Trial(_Record):
 class Cell(_Record):
     """One point of the plan: a target, a compression, an attack, a defence, a budget.
 
-    The five names are labels for people, unique within a scenario; `spec` holds the resolved options.
+    The five names are labels for people, unique within a scenario; `spec` holds the resolved
+    options.
     """
 
     id: str

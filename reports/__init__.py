@@ -1,0 +1,78 @@
+"""What a run leaves behind and what is said about it: records, metrics, the verdict, the reports.
+
+Imports nothing of the rest of redteam and no torch: a report can be rebuilt anywhere from the run
+folder alone. Importing this package is cheap; the renderers load when a report is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from reports.gate import ExitCode, Verdict
+    from reports.terminal import Table
+
+__all__ = ["Built", "build_reports"]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What `build_reports` made.
+
+    Attributes:
+        summary: path of summary.json.
+        markdown: path of summary.md.
+        report: path of report.html.
+        verdict: of the run.
+        exit_code: what the shell gets.
+        headline: the verdict in a few words.
+        why: the verdict in one or two sentences.
+        table: one row per cell, as plain strings for a terminal.
+        notes: what a reader should know before trusting the table, one sentence each.
+    """
+
+    summary: Path
+    markdown: Path
+    report: Path
+    verdict: Verdict
+    exit_code: ExitCode
+    headline: str
+    why: str
+    table: Table
+    notes: tuple[str, ...]
+
+
+def build_reports(folder: Path) -> Built:
+    """Make summary.json, summary.md and report.html of a run folder from its manifest and ledger.
+
+    Works on a finished, an interrupted and a running run, and again at any time later.
+
+    Raises:
+        StoreError: if it is no run folder, is damaged, or cannot be written.
+        ReportError: if manifest and ledger do not belong together.
+    """
+    from reports.findings import collect
+    from reports.gate import ExitCode, Verdict
+    from reports.html import render
+    from reports.markdown import render_markdown
+    from reports.metrics import summarise
+    from reports.store import MARKDOWN, REPORT, RunStore
+    from reports.terminal import notes, table
+
+    store = RunStore.read(folder)
+    summary = summarise(store.manifest, store.trials())
+    found = collect(store)
+    return Built(
+        summary=store.write_summary(summary),
+        markdown=store.write(MARKDOWN, render_markdown(store.manifest, summary, found)),
+        report=store.write(REPORT, render(store, summary, found)),
+        verdict=Verdict(summary["verdict"]),
+        exit_code=ExitCode(summary["exit_code"]),
+        headline=summary["headline"],
+        why=summary["why"],
+        table=table(summary),
+        notes=notes(summary),
+    )

@@ -1,0 +1,77 @@
+"""Which failures a report shows, and the ones it lists: chosen the same way every time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from reports.records import Trial
+from reports.store import RunStore
+
+SHOWN = 24
+"""Findings with pictures in one report; the rest are listed, and all are in the run folder."""
+LISTED = 400
+"""Rows of the list of findings; what is beyond is in the ledger."""
+ERRORS = 100
+"""Errors listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Compression-specific failures and errors of a run.
+
+    Attributes:
+        shown: with pictures, at most `SHOWN`, taken in turn from the cells.
+        listed: of the others, at most `LISTED`.
+        total: all compression-specific failures.
+        errors: trials that could not be measured, at most `ERRORS`.
+        errors_total: all of them.
+        checks: how often each self-check message fired, by message.
+    """
+
+    shown: tuple[Trial, ...]
+    listed: tuple[Trial, ...]
+    total: int
+    errors: tuple[Trial, ...]
+    errors_total: int
+    checks: dict[str, int]
+
+
+def collect(store: RunStore) -> Findings:
+    """Read a run and pick its findings; order follows the manifest, so equal runs are equal."""
+    samples = {sample: index for index, sample in enumerate(store.manifest.samples)}
+    by_cell: dict[str, list[Trial]] = defaultdict(list)
+    errors: list[Trial] = []
+    checks: dict[str, int] = defaultdict(int)
+    total = 0
+    for trial in store.trials():
+        for check in trial.checks:
+            checks[check] += 1
+        if trial.error is not None:
+            errors.append(trial)
+        elif trial.compression_specific_failure:
+            total += 1
+            by_cell[trial.cell].append(trial)
+    for trials in by_cell.values():
+        trials.sort(key=lambda trial: samples.get(trial.sample, len(samples)))
+    cells = [cell.id for cell in store.manifest.cells]
+    position = {cell: index for index, cell in enumerate(cells)}
+    errors.sort(key=lambda t: (position[t.cell], samples.get(t.sample, len(samples))))
+    taken = list(_in_turn([by_cell[cell] for cell in cells if cell in by_cell]))
+    return Findings(
+        shown=tuple(sorted(taken[:SHOWN], key=lambda trial: position[trial.cell])),
+        listed=tuple(sorted(taken[SHOWN:], key=lambda t: position[t.cell])[:LISTED]),
+        total=total,
+        errors=tuple(errors[:ERRORS]),
+        errors_total=len(errors),
+        checks=dict(sorted(checks.items(), key=lambda item: (-item[1], item[0]))),
+    )
+
+
+def _in_turn(groups: list[list[Trial]]) -> Iterator[Trial]:
+    """First of each group, then the second of each, …; so that no cell crowds out the others."""
+    for place in range(max(map(len, groups), default=0)):
+        for group in groups:
+            if place < len(group):
+                yield group[place]

@@ -1,0 +1,141 @@
+"""The ledger: an append-only file of trials, one a line, each with its checksum.
+
+A line is ``{"sha256": "<16 hex>", "trial": {…}}``; the checksum is over the bytes of the trial as
+written. A unit of work is appended in one write, flushed and fsynced, so a killed writer can only
+leave one unfinished line, the last. Such a line is ignored by readers and cut off by the next
+writer. Any other damage is an error, because nothing we do explains it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from reports.errors import LedgerError
+from reports.files import explained
+from reports.records import Trial
+
+_HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "trial": ', b"}\n"
+_DIGITS = 16
+Key = tuple[str, str]
+"""(cell, sample)."""
+
+
+class Ledger:
+    """Reads and appends trials.
+
+    Of several lines with the same cell and sample the last one counts: a trial that ended in an
+    error may be measured again, and its old line stays as history.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, trials: Iterable[Trial]) -> None:
+        """Append trials as one unit; on return they are on the disk.
+
+        Raises:
+            StoreError: if the disk refuses; the ledger is then as it was before.
+        """
+        data = b"".join(_line(trial) for trial in trials)
+        if not data:
+            return
+        with explained("append to", self.path), self.path.open("ab") as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, size)
+                raise
+
+    def trials(self) -> Iterator[Trial]:
+        """Every (cell, sample) once, its last line, in the order of those lines.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        last = {key: number for number, key in self._keys()}
+        current = set(last.values())
+        for number, payload, _ in self._lines():
+            if number in current:
+                yield self._parse(number, payload)
+
+    def keys(self, *, errors: bool = True) -> set[Key]:
+        """(cell, sample) of what is recorded; `errors=False` leaves out those that ended in one."""
+        if errors:
+            return {key for _, key in self._keys()}
+        return {(trial.cell, trial.sample) for trial in self.trials() if trial.error is None}
+
+    def repair(self) -> bool:
+        """Cut off an unfinished last line; True if there was one.
+
+        Raises:
+            LedgerError: at a damaged line that a killed writer does not explain.
+        """
+        ends = [0, *(end for _, _, end in self._lines())]
+        with explained("repair", self.path):
+            if not self.path.exists() or self.path.stat().st_size == ends[-1]:
+                return False
+            os.truncate(self.path, ends[-1])
+        return True
+
+    def _lines(self) -> Iterator[tuple[int, bytes, int]]:
+        """Yield line number, trial bytes and the offset after the line, for every good line."""
+        if not self.path.exists():
+            return
+        offset = 0
+        with explained("read", self.path), self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return  # only the last line can lack its end: a killed writer
+                offset += len(line)
+                yield number, self._verified(number, line), offset
+
+    def _keys(self) -> Iterator[tuple[int, Key]]:
+        for number, payload, _ in self._lines():
+            record = json.loads(payload)
+            try:
+                yield number, (record["cell"], record["sample"])
+            except (KeyError, TypeError) as error:
+                raise LedgerError(self._damaged(number, f"it has no {error}")) from error
+
+    def _verified(self, number: int, line: bytes) -> bytes:
+        start = len(_HEAD) + _DIGITS + len(_MIDDLE)
+        digest, payload = line[len(_HEAD) : len(_HEAD) + _DIGITS], line[start : -len(_TAIL)]
+        if line != _HEAD + digest + _MIDDLE + payload + _TAIL:
+            raise LedgerError(self._damaged(number, "it is not a ledger line"))
+        if _checksum(payload) != digest:
+            raise LedgerError(self._damaged(number, "its checksum does not match"))
+        return payload
+
+    def _parse(self, number: int, payload: bytes) -> Trial:
+        try:
+            return Trial.model_validate_json(payload)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the line"
+            reason = f"{where}: {first['msg']} (written by another version of redteam?)"
+            raise LedgerError(self._damaged(number, reason)) from error
+
+    def _damaged(self, number: int, reason: str) -> str:
+        return (
+            f"{self.path} line {number} is damaged: {reason}. It was changed after it was "
+            f"written. Delete line {number} and run again with the same --out: only that trial "
+            "is measured again."
+        )
+
+
+def _checksum(payload: bytes) -> bytes:
+    return hashlib.sha256(payload).hexdigest()[:_DIGITS].encode()
+
+
+def _line(trial: Trial) -> bytes:
+    payload = trial.model_dump_json().encode("utf-8", errors="replace")
+    return _HEAD + _checksum(payload) + _MIDDLE + payload + _TAIL

@@ -1,0 +1,266 @@
+"""The run folder: what is in it, and how it is written so that it can be trusted and resumed.
+
+- ``manifest.json``: what was asked for, with what; its presence makes the folder a run.
+- ``scenario.yaml``: the scenario as the user wrote it.
+- ``ledger.jsonl``: the trials, see `reports.ledger`.
+- ``images/ab/ab….png``: images by the SHA-256 of their bytes.
+- ``summary.json``, ``summary.md``, ``report.html``: made from these by `reports.build_reports`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from reports.errors import ResumeMismatch, StoreError
+from reports.files import FileLock, explained, write_atomically, write_json, write_text
+from reports.ledger import Key, Ledger
+from reports.records import Manifest, Trial
+
+MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.jsonl", "images"
+SUMMARY, MARKDOWN, REPORT = "summary.json", "summary.md", "report.html"
+_LOCK = ".lock"
+_MISSING = "(absent)"
+
+
+class RunStore:
+    """One run folder. Make it with `create`, `open`, `create_or_open` or `read`, not directly.
+
+    Attributes:
+        folder: the run folder.
+        manifest: as stored; a resumed run keeps the manifest it was started with.
+        repaired: whether an unfinished last ledger line was cut off on opening.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, lock: FileLock | None) -> None:
+        self.folder, self.manifest, self._lock = folder, manifest, lock
+        self._ledger = Ledger(folder / LEDGER)
+        self.repaired = False
+
+    @classmethod
+    def create(cls, folder: Path, manifest: Manifest, scenario: str = "") -> Self:
+        """Start a run in a new or empty folder and lock it.
+
+        Args:
+            folder: made with its parents if need be.
+            manifest: stored before any trial.
+            scenario: text of the scenario file, stored for people.
+
+        Raises:
+            RunLockedError: if another process writes there.
+            StoreError: if the folder holds something already, or cannot be written.
+        """
+        with explained("create", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        lock = FileLock(folder / _LOCK)
+        try:
+            # Only a run killed before its manifest leaves an empty ledger; a scenario.yaml alone
+            # is somebody's file, not to be overwritten.
+            ledger = folder / LEDGER
+            ours = ledger.exists() and ledger.stat().st_size == 0
+            if set(strangers) - ({SCENARIO, LEDGER} if ours else set()):
+                raise StoreError(
+                    f"{folder} is not empty ({', '.join(strangers[:5])}); "
+                    "give a new --out folder, or that of a run to resume"
+                )
+            write_atomically(ledger, b"")
+            write_text(folder / SCENARIO, scenario)
+            write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        except BaseException:
+            lock.release()
+            raise
+        return cls(folder, manifest, lock)
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest) -> Self:
+        """Resume a run: lock it, check that it is the same one, repair its ledger.
+
+        Raises:
+            ResumeMismatch: if the folder holds a run of something else.
+            RunLockedError: if another process writes there.
+            LedgerError: if the ledger is damaged.
+            StoreError: if it is no run folder.
+        """
+        stored = cls._manifest(folder)
+        changed = differences(stored, manifest)
+        if changed:
+            raise ResumeMismatch(folder, changed)
+        lock = FileLock(folder / _LOCK)
+        store = cls(folder, stored, lock)
+        try:
+            store.repaired = store._ledger.repair()
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def create_or_open(cls, folder: Path, manifest: Manifest, scenario: str = "") -> Self:
+        """`open` if the folder holds a run already, else `create`."""
+        if (folder / MANIFEST).exists():
+            return cls.open(folder, manifest)
+        return cls.create(folder, manifest, scenario)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Look at a run without locking or changing it, even while it is being written.
+
+        Raises:
+            StoreError: if it is no run folder.
+        """
+        return cls(folder, cls._manifest(folder), None)
+
+    @staticmethod
+    def _manifest(folder: Path) -> Manifest:
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise StoreError(f"{folder} is not a run folder: it has no {MANIFEST}")
+        with explained("read", path):
+            text = path.read_bytes()
+        try:
+            return Manifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise StoreError(
+                f"{path} cannot be read: {where}: {first['msg']}; "
+                "it was changed by hand or written by another version of redteam"
+            ) from error
+
+    def append(self, trials: Iterable[Trial]) -> None:
+        """Record the trials of one work unit; on return they survive a kill.
+
+        Raises:
+            StoreError: if the disk refuses, or the run was opened for reading only.
+        """
+        self._writable()
+        self._ledger.append(trials)
+
+    def trials(self) -> Iterator[Trial]:
+        """Every recorded (cell, sample) once; of several lines the last counts.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        return self._ledger.trials()
+
+    def done(self, *, errors: bool = True) -> set[Key]:
+        """(cell, sample) already recorded; `errors=False` leaves out failed measurements."""
+        return self._ledger.keys(errors=errors)
+
+    def save_png(self, data: bytes) -> str:
+        """Store an image by content; return the SHA-256 (hex) of its bytes.
+
+        Raises:
+            StoreError: if the disk refuses, or the run was opened for reading only.
+        """
+        self._writable()
+        name = hashlib.sha256(data).hexdigest()
+        path = self.image_path(name)
+        if not path.exists():
+            write_atomically(path, data)
+        return name
+
+    def image_path(self, name: str) -> Path:
+        """Where the image with this content hash is stored."""
+        return self.folder / IMAGES / name[:2] / f"{name}.png"
+
+    def read_png(self, name: str) -> bytes:
+        """Bytes of a stored image.
+
+        Raises:
+            StoreError: if it is missing or is no longer what was stored.
+        """
+        path = self.image_path(name)
+        with explained("read", path):
+            data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != name:
+            raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
+        return data
+
+    def scenario_text(self) -> str:
+        """The scenario as the user wrote it, "" if it was not stored."""
+        path = self.folder / SCENARIO
+        with explained("read", path):
+            return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def write_summary(self, summary: dict[str, Any]) -> Path:
+        """Write summary.json atomically and return its path."""
+        write_json(self.folder / SUMMARY, summary)
+        return self.folder / SUMMARY
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text file of the run atomically and return its path."""
+        write_text(self.folder / name, text)
+        return self.folder / name
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _writable(self) -> None:
+        if self._lock is None:
+            raise StoreError(f"{self.folder} is open for reading only; use RunStore.open")
+
+
+def differences(stored: Manifest, now: Manifest) -> list[str]:
+    """What keeps a run from being resumed, one line per key: ``key: stored -> now``.
+
+    Compared are the resolved scenario, the seed, cells, samples, and, where both have it,
+    ``provenance["identity"]``: hashes of what must not change under a run, such as weights.
+    """
+    parts: list[tuple[str, Any, Any]] = [
+        ("", stored.scenario, now.scenario),
+        ("seed", stored.seed, now.seed),
+        ("identity", stored.provenance.get("identity"), now.provenance.get("identity")),
+    ]
+    lines: list[str] = []
+    for name, old, new in parts:
+        if name == "identity" and (old is None or new is None):
+            continue
+        before, after = dict(_flat(old, name)), dict(_flat(new, name))
+        lines += [
+            f"{key}: {before.get(key, _MISSING)} -> {after.get(key, _MISSING)}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key, _MISSING) != after.get(key, _MISSING)
+        ]
+    if lines:
+        return list(dict.fromkeys(lines))  # the seed is usually part of the scenario too
+    if [cell.id for cell in stored.cells] != [cell.id for cell in now.cells]:
+        lines.append(f"cells: {len(stored.cells)} -> {len(now.cells)}, other ids or another order")
+    if stored.samples != now.samples:
+        lines.append(f"samples: {len(stored.samples)} -> {len(now.samples)}, other ids or order")
+    if not lines and stored.scenario_hash != now.scenario_hash:
+        lines.append(f"scenario_hash: {stored.scenario_hash} -> {now.scenario_hash}")
+    return lines
+
+
+def _flat(value: object, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)) and value:
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{path}[{index}]")
+    else:
+        yield path, json.dumps(value, ensure_ascii=False, default=str)
