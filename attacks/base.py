@@ -1,0 +1,295 @@
+"""The base of all attacks: a tiny method to implement, and a final call that cannot cheat.
+
+An author writes `propose`. What counts is done here: the proposal is projected onto the budget
+around the clean image, rounded to 8 bits inside it, measured, and checked.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, final, get_args, get_origin, get_type_hints
+
+import annotated_types
+import torch
+from torch import Tensor
+
+from attacks.budget import Budget, from_levels, norms, quantise, to_levels
+from attacks.checks import run_checks
+from attacks.errors import AttackError
+from attacks.metering import Meter, MeteredView
+from attacks.seeds import SeedBank
+from targets.base import Batch, ImageView, Knowledge
+
+TRACE_POINTS = 64
+"""Length to which a loss trace is thinned; checks see it whole."""
+_COMPRESSION_AWARE = frozenset({Knowledge.COMPRESSED, Knowledge.WHITE_BOX})
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What `propose` may return instead of bare images.
+
+    Attributes:
+        images: ``[B, 3, H, W]``; projected and rounded by the base class.
+        loss: ``[steps + 1, B]``, minimised, NaN where a step was not judged; None if nothing was
+            optimised.
+        gradient: ``[steps, B]`` largest absolute pixel gradient of each step.
+        mask: ``[B, 1, H, W]`` of 0 and 1; pixels with 0 are restored to the clean image exactly.
+        notes: remarks for the report, e.g. a component that could not be used.
+    """
+
+    images: Tensor
+    loss: Tensor | None = None
+    gradient: Tensor | None = None
+    mask: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttackResult:
+    """Attacked images as they will be saved, and how they came about.
+
+    Attributes:
+        images: ``[B, 3, H, W]``, exact multiples of 1/255 in [0, 1], inside the budget.
+        loss: per sample its loss trace, at most 64 points, first and last included.
+        linf: float64 ``[B]``, largest absolute change, measured after rounding.
+        l2: float64 ``[B]``, Euclidean length of the change over pixels and channels.
+        checks: per sample the messages of `attacks.checks` that fired.
+        forwards: passes of one image through the target, per sample.
+        backwards: gradients taken, per sample.
+        notes: remarks on the whole call.
+    """
+
+    images: Tensor
+    loss: list[list[float]]
+    linf: Tensor
+    l2: Tensor
+    checks: tuple[tuple[str, ...], ...]
+    forwards: int
+    backwards: int
+    notes: tuple[str, ...] = ()
+
+
+class Attack(ABC):
+    """Base of all attacks. Subclasses are ``@dataclass(frozen=True, kw_only=True)``.
+
+    Their fields are their options and their `repr` is their provenance. They name the technique
+    (`name`) and the most they may know (`knowledge`), and implement `propose`.
+
+    Raises:
+        AttackError: on construction, for an option outside its declared bounds.
+    """
+
+    name: ClassVar[str]
+    knowledge: ClassVar[Knowledge]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in cls.__dict__:
+            raise TypeError(f"{cls.__name__} may not override __call__; implement propose instead")
+
+    def __post_init__(self) -> None:
+        """Check every option against its annotation; subclasses that extend this call it first."""
+        for option, annotation in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(annotation) is not ClassVar:
+                _check_option(self.name, option, getattr(self, option), annotation)
+
+    @property
+    def needs(self) -> Knowledge:
+        """What this configuration needs to know; never more than `knowledge`."""
+        return self.knowledge
+
+    @property
+    def knows_compression(self) -> bool:
+        """Whether its images depend on the compressor; if not, one image serves all of them."""
+        return self.needs in _COMPRESSION_AWARE
+
+    def budget(self, epsilon: float) -> Budget:
+        """The budget at a radius; attacks with steps, alpha, restarts or a norm pass them on."""
+        return Budget(epsilon)
+
+    @abstractmethod
+    def propose(
+        self,
+        view: Any,  # noqa: ANN401 - each attack narrows it to the view it declares
+        batch: Batch,
+        budget: Budget,
+        rng: SeedBank,
+    ) -> Tensor | Proposal:
+        """Make attacked images; this is all an author writes.
+
+        Args:
+            view: the view that matches `needs`; anything beyond it raises `KnowledgeError`.
+            batch: the samples, images in [0, 1].
+            budget: radius, norm, steps; staying inside is good for the attack, not a duty.
+            rng: the only allowed source of randomness, one stream per sample.
+
+        Returns:
+            Images ``[B, 3, H, W]``, or a `Proposal`.
+        """
+
+    @final
+    def __call__(
+        self, view: ImageView, batch: Batch, epsilon: float, seeds: Sequence[int]
+    ) -> AttackResult:
+        """Attack a batch within a budget.
+
+        Args:
+            view: a view of the target that offers at least `needs`.
+            batch: B samples; images float32 ``[B, 3, H, W]`` in [0, 1], multiples of 1/255.
+            epsilon: radius in [0, 1] pixel units; 0 gives the clean images back.
+            seeds: one per sample; a sample's result depends on its seed, not on its neighbours.
+
+        Raises:
+            AttackError: bad input, or a loss, gradient or image that is not finite; its
+                `sample_ids` name the samples at fault.
+            KnowledgeError: the attack reached outside its view.
+        """
+        budget = self.budget(epsilon)
+        clean = _check_batch(batch, seeds)
+        meter = Meter()
+        metered = MeteredView(view, self.needs, meter)
+        if budget.is_empty:
+            why = () if epsilon == 0 else (f"epsilon {epsilon:.3g} is below one 8-bit level",)
+            return _result(batch, batch.images.clone(), Proposal(clean, notes=why), meter)
+        with torch.inference_mode(False), torch.enable_grad():
+            own = Batch(batch.ids, clean.clone(), batch.questions, batch.answers)
+            proposed = self.propose(metered, own, budget, SeedBank(seeds, clean.device))
+        proposal = proposed if isinstance(proposed, Proposal) else Proposal(proposed)
+        with torch.no_grad():
+            result = _result(batch, _admit(batch, clean, proposal, budget), proposal, meter)
+        _verify(batch, budget, result)
+        return result
+
+
+def _check_option(attack: str, option: str, value: object, annotation: object) -> None:
+    """Compare one option with its Literal choices and annotated_types bounds."""
+    if value is None:
+        return
+    kind, *bounds = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        allowed = ", ".join(repr(choice) for choice in get_args(kind))
+        raise AttackError(f"attack {attack}: {option} is {value!r}; allowed: {allowed}")
+    for bound in bounds:
+        parts = tuple(bound) if isinstance(bound, annotated_types.GroupedMetadata) else (bound,)
+        for part in parts:
+            if not _holds(part, value):
+                raise AttackError(f"attack {attack}: {option} is {value!r}; allowed: {part}")
+
+
+def _holds(bound: object, value: Any) -> bool:  # noqa: ANN401 - a number of any kind
+    match bound:
+        case annotated_types.Ge(ge=limit):
+            return bool(value >= limit)
+        case annotated_types.Gt(gt=limit):
+            return bool(value > limit)
+        case annotated_types.Le(le=limit):
+            return bool(value <= limit)
+        case annotated_types.Lt(lt=limit):
+            return bool(value < limit)
+    return True
+
+
+def _check_batch(batch: Batch, seeds: Sequence[int]) -> Tensor:
+    """Refuse what no attack could mean; give the clean images as exact multiples of 1/255."""
+    images, count = batch.images, len(batch.ids)
+    if images.dtype != torch.float32 or images.ndim != 4 or images.shape[1] != 3:
+        raise AttackError(
+            f"images are {images.dtype} {list(images.shape)}; they must be float32 [B, 3, H, W]"
+        )
+    lengths = {
+        "images": len(images),
+        "questions": len(batch.questions),
+        "answers": len(batch.answers),
+        "seeds": len(seeds),
+    }
+    for what, length in lengths.items():
+        if length != count:
+            raise AttackError(f"the batch has {count} ids but {length} {what}; one each is needed")
+    flat = images.detach().flatten(1)
+    _blame(batch, ~flat.isfinite().all(1), "images hold NaN or infinity; allowed is [0, 1]")
+    low, high = flat.amin(1), flat.amax(1)
+    _blame(
+        batch,
+        (low < 0) | (high > 1),
+        f"images range over [{low.min():.4g}, {high.max():.4g}]; allowed is [0, 1], so divide "
+        "8-bit values by 255 and do not normalise",
+    )
+    exact = from_levels(to_levels(images.detach()))
+    off = (exact - images.detach()).abs().flatten(1).amax(1)
+    _blame(
+        batch,
+        off > 1e-6,
+        f"images are up to {off.max():.3g} away from a multiple of 1/255; load them from 8 bits",
+    )
+    return exact
+
+
+def _admit(batch: Batch, clean: Tensor, proposal: Proposal, budget: Budget) -> Tensor:
+    """The proposal as it will be saved: masked, in the ball, 8 bits."""
+    images = proposal.images.detach()
+    if images.shape != clean.shape:
+        raise AttackError(
+            f"propose returned images of {list(images.shape)}; expected {list(clean.shape)}"
+        )
+    bad = ~images.flatten(1).isfinite().all(1)
+    _blame(batch, bad, "propose returned images with NaN or infinity")
+    images = images.to(clean)
+    if proposal.mask is not None:
+        images = torch.where(proposal.mask.to(clean.device) > 0, images, clean)
+    return quantise(clean, images, budget)
+
+
+def _blame(batch: Batch, bad: Tensor, message: str) -> None:
+    """Raise an error that names the samples where `bad` ([B]) holds."""
+    if not bad.any():
+        return
+    ids = tuple(name for name, wrong in zip(batch.ids, bad.tolist(), strict=True) if wrong)
+    raise AttackError(f"{message} (samples {', '.join(ids)})", sample_ids=ids)
+
+
+def _result(batch: Batch, images: Tensor, proposal: Proposal, meter: Meter) -> AttackResult:
+    linf, l2 = norms((to_levels(images) - to_levels(batch.images)).double() / 255)
+    count = len(batch.ids)
+    losses = _columns(proposal.loss, count)
+    gradients = _columns(proposal.gradient, count)
+    return AttackResult(
+        images=images,
+        loss=[_thin([value for value in column if not math.isnan(value)]) for column in losses],
+        linf=linf,
+        l2=l2,
+        checks=tuple(run_checks(*pair) for pair in zip(losses, gradients, strict=True)),
+        forwards=math.ceil(meter.forwards / max(count, 1)),
+        backwards=math.ceil(meter.backwards / max(count, 1)),
+        notes=proposal.notes,
+    )
+
+
+def _verify(batch: Batch, budget: Budget, result: AttackResult) -> None:
+    """The last word on the budget: measured on the result, whatever made it."""
+    measured = result.linf if budget.norm == "linf" else result.l2
+    _blame(
+        batch,
+        measured > budget.epsilon,
+        f"the {budget.norm} norm is {float(measured.max()):.6g}, above epsilon "
+        f"{budget.epsilon:.6g}; this is a fault of attacks.budget, please report it",
+    )
+
+
+def _columns(trace: Tensor | None, count: int) -> list[list[float]]:
+    """A ``[steps, B]`` trace as one list per sample."""
+    if trace is None:
+        return [[] for _ in range(count)]
+    columns: list[list[float]] = trace.detach().double().cpu().t().tolist()
+    return columns
+
+
+def _thin(values: list[float]) -> list[float]:
+    """At most `TRACE_POINTS` values, evenly spaced, ends included."""
+    if len(values) <= TRACE_POINTS:
+        return values
+    last = len(values) - 1
+    return [values[round(i * last / (TRACE_POINTS - 1))] for i in range(TRACE_POINTS)]

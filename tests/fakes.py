@@ -1,0 +1,170 @@
+"""A small differentiable target: random patch embedding, one attention, linear answer head.
+
+It implements the views of `targets.base` with a few matrices, so that attacks can be tested in
+milliseconds and where every number can be checked by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from targets.base import Batch, Knowledge, Path, Ranking, VisionOutput
+from targets.errors import KnowledgeError
+
+_ORDER = (Knowledge.NONE, Knowledge.ENCODER, Knowledge.COMPRESSED, Knowledge.WHITE_BOX)
+VOCABULARY = 7
+
+
+def make_batch(count: int = 4, size: int = 16, seed: int = 0) -> Batch:
+    """Random 8-bit images with a question and an answer each."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, (count, 3, size, size), generator=generator)
+    return Batch(
+        ids=tuple(f"s{i}" for i in range(count)),
+        images=levels.float() / 255,
+        questions=tuple(f"question {i}?" for i in range(count)),
+        answers=tuple("yes" if i % 2 else "no" for i in range(count)),
+    )
+
+
+def pick(batch: Batch, index: int) -> Batch:
+    """One sample of a batch, as a batch."""
+    here = slice(index, index + 1)
+    return Batch(batch.ids[here], batch.images[here], batch.questions[here], batch.answers[here])
+
+
+def text_vector(text: str, width: int) -> Tensor:
+    """A fixed random vector for a text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.randn(width, generator=generator)
+
+
+@dataclass
+class FakeView:
+    """WhiteBoxView of the fake target, or less: methods above `knowledge` raise.
+
+    A question that contains "nan" makes every loss of that sample NaN; one that contains "dead"
+    makes its gradient zero.
+    """
+
+    knowledge: Knowledge = Knowledge.WHITE_BOX
+    keep: int = 4
+    patch: int = 4
+    heads: int = 2
+    width: int = 8
+    attention: bool = True
+    seed: int = 1
+    sharpness: float = 4.0
+    calls: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        pixels = 3 * self.patch**2
+        dim = self.heads * self.width
+        self.embed = torch.randn(pixels, dim, generator=generator) / pixels**0.5 * 3
+        self.to_key = torch.randn(dim, dim, generator=generator) / dim**0.5
+        self.head = torch.randn(dim, VOCABULARY, generator=generator)
+
+    def token_mask_to_pixels(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        rows = size[0] // self.patch
+        grid = tokens.view(len(tokens), 1, rows, -1).float()
+        return grid.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
+
+    def encode(self, images: Tensor) -> VisionOutput:
+        self._enter("encode", Knowledge.ENCODER)
+        features = self._features(images)
+        return VisionOutput(features, features.norm(dim=-1))
+
+    def rank(self, images: Tensor, questions: tuple[str, ...]) -> Ranking:
+        self._enter("rank", Knowledge.COMPRESSED)
+        return self._rank(images, questions)
+
+    def answer_nll(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        answers: tuple[str, ...],
+        *,
+        path: Path = "full",
+        straight_through: bool = False,
+    ) -> Tensor:
+        self._enter(f"answer_nll {path}", Knowledge.WHITE_BOX)
+        logprobs, _ = self._answer(images, questions, path, straight_through)
+        wanted = torch.tensor([len(answer) % VOCABULARY for answer in answers])
+        return -logprobs[torch.arange(len(images)), 0, wanted]
+
+    def answer_logprobs(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        answers: tuple[str, ...],
+        *,
+        path: Path = "full",
+    ) -> tuple[Tensor, Tensor]:
+        del answers
+        self._enter(f"answer_logprobs {path}", Knowledge.WHITE_BOX)
+        return self._answer(images, questions, path, False)
+
+    def full_and_rank(
+        self, images: Tensor, questions: tuple[str, ...], answers: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor, Ranking]:
+        del answers
+        self._enter("full_and_rank", Knowledge.WHITE_BOX)
+        logprobs, mask = self._answer(images, questions, "full", False)
+        return logprobs, mask, self._rank(images, questions)
+
+    def _enter(self, call: str, needed: Knowledge) -> None:
+        if _ORDER.index(self.knowledge) < _ORDER.index(needed):
+            raise KnowledgeError(f"{call} needs {needed.value}, the view is {self.knowledge.value}")
+        self.calls.append(call)
+
+    def _features(self, images: Tensor) -> Tensor:
+        # One sample at a time: batched kernels may round differently, which sign() would amplify.
+        p = self.patch
+        tiles = [x.unfold(1, p, p).unfold(2, p, p).permute(1, 2, 0, 3, 4) for x in images]
+        rows = [(t.reshape(-1, 3 * p * p) - 0.5) @ self.embed for t in tiles]
+        return torch.stack(rows)
+
+    def _rank(self, images: Tensor, questions: tuple[str, ...]) -> Ranking:
+        features = torch.tanh(self._features(images))
+        flaws = torch.tensor([float("nan") if "nan" in q else 1.0 for q in questions])
+        live = torch.tensor([0.0 if "dead" in q else 1.0 for q in questions])
+        features = features.detach() + (features - features.detach()) * live.view(-1, 1, 1)
+        features = features * flaws.view(-1, 1, 1)
+        if not self.attention:
+            score = features.norm(dim=-1)
+            centred = score - score.mean(1, keepdim=True)
+            standard = centred / score.std(1, keepdim=True)
+            return Ranking(score, standard, None, None, features, self._keep(score))
+        shape = (len(images), -1, self.heads, self.width)
+        keys = torch.stack([f @ self.to_key for f in features]).view(shape).transpose(1, 2)
+        query = torch.stack([text_vector(q, self.heads * self.width) for q in questions])
+        query = query.view(-1, self.heads, self.width)
+        weights = (keys * query[:, :, None]).sum(-1) * self.sharpness / self.width
+        score = weights.softmax(-1).mean(1)
+        return Ranking(score, (score + 1e-12).log(), query, keys, features, self._keep(score))
+
+    def _keep(self, score: Tensor) -> Tensor:
+        order = score.argsort(dim=1, descending=True, stable=True)
+        return order.argsort(dim=1, stable=True) < self.keep
+
+    def _answer(
+        self, images: Tensor, questions: tuple[str, ...], path: Path, straight_through: bool
+    ) -> tuple[Tensor, Tensor]:
+        ranking = self._rank(images, questions)
+        weights = torch.ones_like(ranking.score)
+        if path == "compressed":
+            weights = ranking.kept.float()
+            if straight_through:
+                bar = ranking.log_score.sort(dim=1, descending=True).values[:, self.keep - 1]
+                soft = torch.sigmoid(ranking.log_score - bar.detach()[:, None])
+                weights = weights + soft - soft.detach()
+        pooled = (ranking.features * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        logits = torch.stack([row @ self.head for row in pooled])
+        logprobs = logits.log_softmax(-1)[:, None].expand(-1, 2, -1)
+        return logprobs, torch.ones(logprobs.shape[:2], dtype=torch.bool)
