@@ -10,9 +10,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, final, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, final
 
-import annotated_types
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from attacks.budget import Budget, from_levels, norms, quantise, to_levels
 from attacks.checks import run_checks
 from attacks.errors import AttackError
 from attacks.metering import Meter, MeteredView
+from attacks.options import check_options
 from attacks.seeds import SeedBank
 from targets.base import Batch, ImageView, Knowledge
 
@@ -93,9 +93,7 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         """Check every option against its annotation; subclasses that extend this call it first."""
-        for option, annotation in get_type_hints(type(self), include_extras=True).items():
-            if get_origin(annotation) is not ClassVar:
-                _check_option(self.name, option, getattr(self, option), annotation)
+        check_options(self, self.name)
 
     @property
     def needs(self) -> Knowledge:
@@ -163,34 +161,6 @@ class Attack(ABC):
             result = _result(batch, _admit(batch, clean, proposal, budget), proposal, meter)
         _verify(batch, budget, result)
         return result
-
-
-def _check_option(attack: str, option: str, value: object, annotation: object) -> None:
-    """Compare one option with its Literal choices and annotated_types bounds."""
-    if value is None:
-        return
-    kind, *bounds = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-    if get_origin(kind) is Literal and value not in get_args(kind):
-        allowed = ", ".join(repr(choice) for choice in get_args(kind))
-        raise AttackError(f"attack {attack}: {option} is {value!r}; allowed: {allowed}")
-    for bound in bounds:
-        parts = tuple(bound) if isinstance(bound, annotated_types.GroupedMetadata) else (bound,)
-        for part in parts:
-            if not _holds(part, value):
-                raise AttackError(f"attack {attack}: {option} is {value!r}; allowed: {part}")
-
-
-def _holds(bound: object, value: Any) -> bool:  # noqa: ANN401 - a number of any kind
-    match bound:
-        case annotated_types.Ge(ge=limit):
-            return bool(value >= limit)
-        case annotated_types.Gt(gt=limit):
-            return bool(value > limit)
-        case annotated_types.Le(le=limit):
-            return bool(value <= limit)
-        case annotated_types.Lt(lt=limit):
-            return bool(value < limit)
-    return True
 
 
 def _check_batch(batch: Batch, seeds: Sequence[int]) -> Tensor:

@@ -1,0 +1,89 @@
+"""Every attack there is, on the fake target; a new one without a row here fails the suite."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, fields, is_dataclass
+
+import pytest
+import torch
+
+import attacks
+from attacks.base import Attack
+from targets.base import Knowledge
+from tests.fakes import FakeView, make_batch
+
+SEEDS = [11, 22, 33, 44]
+
+
+@dataclass(frozen=True)
+class Row:
+    attack: Attack
+    uses_gradient: bool = True
+    stochastic: bool = True
+
+
+ROWS = [
+    Row(attacks.Noise(), uses_gradient=False),
+    Row(attacks.Noise(distribution="sign"), uses_gradient=False),
+    Row(attacks.Noise(distribution="gaussian", border=0.25), uses_gradient=False),
+    Row(attacks.Noise(norm="l2"), uses_gradient=False),
+    Row(attacks.PGD(steps=5)),
+    Row(attacks.PGD(steps=5, random_start=False), stochastic=False),
+    Row(attacks.PGD(steps=5, path="compressed", schedule="cosine")),
+    Row(attacks.PGD(steps=5, norm="l2", momentum=0.9)),
+    Row(attacks.CAA(steps=5)),
+    Row(attacks.CAA(steps=5, preset="strict_preserve")),
+    Row(attacks.CAA(steps=6, preset="strict_preserve", preserve_every=3)),
+    Row(attacks.CAA(steps=5, region="full_image", ranking="score_gap", intra="both")),
+    Row(attacks.CAA(steps=5, region="most_important", random_start=False), stochastic=False),
+    Row(attacks.CAA(steps=5, retention_known=False, intra="none")),
+    Row(attacks.CAA(steps=0), uses_gradient=False),
+]
+
+
+def registered() -> dict[str, type[Attack]]:
+    """Every concrete attack in the package."""
+    found: dict[str, type[Attack]] = {}
+    for module in pkgutil.iter_modules(attacks.__path__, "attacks."):
+        for thing in vars(importlib.import_module(module.name)).values():
+            if isinstance(thing, type) and issubclass(thing, Attack) and hasattr(thing, "name"):
+                found[thing.name] = thing
+    return found
+
+
+def test_every_attack_has_a_row() -> None:
+    assert {row.attack.name for row in ROWS} == set(registered())
+
+
+@pytest.mark.parametrize("kind", registered().values(), ids=lambda kind: kind.name)
+def test_options_are_frozen_keywords_with_defaults(kind: type[Attack]) -> None:
+    assert is_dataclass(kind)
+    attack = kind()
+    assert all(field.kw_only for field in fields(kind))
+    assert attack == kind()
+    with pytest.raises(AttributeError):
+        attack.name = "other"
+    assert "Differs from the paper" in (kind.__doc__ or "")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: repr(row.attack))
+@pytest.mark.parametrize("attention", [True, False], ids=["attention", "norm"])
+def test_every_attack_on_the_fake_target(row: Row, attention: bool) -> None:
+    attack, batch = row.attack, make_batch(4)
+    l2 = getattr(attack, "norm", "linf") == "l2"
+    epsilon = 2.0 if l2 else 15.5 / 255
+    view = FakeView(attack.needs, attention=attention)  # no more than it needs
+    result = attack(view, batch, epsilon, SEEDS)
+
+    assert result.images.shape == batch.images.shape
+    assert float((result.l2 if l2 else result.linf).max()) <= epsilon
+    assert torch.equal((result.images * 255).round() / 255, result.images)
+    assert float(result.linf.min()) > 0
+    assert (result.backwards > 0) == row.uses_gradient
+    assert (result.forwards == 0) == (attack.needs is Knowledge.NONE)
+    if row.uses_gradient:
+        assert all(min(trace) < trace[0] for trace in result.loss)
+    again = attack(view, batch, epsilon, [seed + 1 for seed in SEEDS])
+    assert torch.equal(again.images, result.images) != row.stochastic
