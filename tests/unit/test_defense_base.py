@@ -30,7 +30,7 @@ class BitDepth(InputDefense):
 
     def transform(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         del generators
-        top = 2**self.bits - 1
+        top: int = 2**self.bits - 1
         return torch.round(images * top) / top
 
 
