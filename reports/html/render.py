@@ -1,0 +1,216 @@
+"""Puts the page together: data in, one HTML string out. The words are in the template."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from reports import taxonomy, text
+from reports.findings import SHOWN, Findings
+from reports.gate import cell_label
+from reports.html import charts, svg
+from reports.html.images import Pair, load_pair
+from reports.reading import DIAGNOSIS, HOW_TO_READ, KNOWLEDGE, statements
+from reports.records import Cell, Manifest, Trial
+from reports.registry import METRICS
+from reports.statistics import DRAWS
+from reports.store import RunStore
+from reports.terminal import diagnosis_text, notes
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+RATES = ("upr", "cae", "csg", "csfr", "cbr", "full_asr", "compressed_asr", "clean_drop")
+"""Columns of the table of outcomes, after the four accuracies."""
+RANKING = (
+    "jaccard", "spearman", "top_preserved", "bottom_infiltrated", "evidence_kept_clean",
+    "evidence_kept_attacked", "recovered", "reproduced",
+)  # fmt: skip
+"""Columns of the table of rankings."""
+
+
+@dataclass(frozen=True, slots=True)
+class FindingView:
+    """One finding, ready for the template."""
+
+    anchor: str
+    trial: Trial
+    cell: str
+    pair: Pair | None
+    problem: str
+    """Why there are no pictures; "" if there are."""
+    kept_clean: Markup
+    kept_attacked: Markup
+    answers: tuple[tuple[str, str, str, bool], ...]
+    """(image, path, text, right)."""
+    diagnosis: tuple[str, str, str]
+    """Key, title and explanation."""
+    spark: Markup
+
+
+def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
+    """Write the report of a run.
+
+    Args:
+        store: the run folder; its images are read from here.
+        summary: as in summary.json.
+        found: findings and errors to show.
+
+    Returns:
+        A whole HTML document: no script, no outside resource, every foreign string escaped.
+    """
+    manifest, cells = store.manifest, summary["cells"]
+    style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page = _environment().get_template("report.html")
+    return page.render(
+        style=Markup(style),  # noqa: S704 - our own file
+        style_hash=digest,
+        manifest=manifest,
+        summary=summary,
+        statements=statements(summary),
+        notes=notes(summary),
+        gap=charts.gap_chart(cells),
+        accuracy=charts.accuracy_chart(cells),
+        budgets=charts.budget_charts(cells),
+        groups=charts.grouped(cells),
+        several_targets=len({cell["target"] for cell in cells}) > 1,
+        tested=list(_tested(manifest)),
+        threats=_threats(manifest),
+        findings=[_view(store, trial, index) for index, trial in enumerate(found.shown, 1)],
+        found=found,
+        shown_limit=SHOWN,
+        labels={cell.id: cell_label(cell) for cell in manifest.cells},
+        provenance=list(flatten(manifest.provenance)),
+        scenario=store.scenario_text(),
+        taxonomy=taxonomy.entries(manifest.cells),
+        taxonomy_note=f"{taxonomy.NOTE} Table version {taxonomy.VERSION}.",
+        how_to_read=HOW_TO_READ,
+        diagnoses=DIAGNOSIS,
+        metrics=METRICS,
+        rates=RATES,
+        ranking=RANKING,
+        draws=DRAWS,
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters.update(
+        epsilon=text.epsilon_text,
+        number=text.number,
+        interval=text.interval,
+        count=text.count,
+        diagnosis=diagnosis_text,
+        block=_block,
+    )
+    return environment
+
+
+def _shown(value: object) -> object:
+    """Applied to everything the template prints: no string escapes being made plain."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return text.plain(value)
+    return value
+
+
+def _block(value: str) -> Markup:
+    """Text of several lines, for <pre>."""
+    lines = (escape(text.plain(line)) for line in value.splitlines()[:2_000])
+    return Markup("\n").join(lines)
+
+
+def flatten(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Nested data as (key, value) lines: ``packages.torch``, ``2.13.0``."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flatten(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)) and any(isinstance(i, (dict, list)) for i in value):
+        for index, inner in enumerate(value):
+            yield from flatten(inner, f"{path}[{index}]")
+    elif isinstance(value, str):
+        yield path, value
+    else:
+        yield path, json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _options(spec: object) -> str:
+    """Options of a method in one line: ``fastv: layer 2, retention 0.25``."""
+    if not isinstance(spec, Mapping):
+        return "" if spec is None else str(spec)
+    rest = ", ".join(f"{key} {value}" for key, value in flatten(spec) if key != "type")
+    return f"{spec.get('type', '')}: {rest}".strip(": ") if rest else str(spec.get("type", ""))
+
+
+def _tested(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """(role, label, options) of each distinct target, compression, attack and defence."""
+    for role in ("target", "compression", "attack", "defense"):
+        labels = dict.fromkeys(getattr(cell, role) for cell in manifest.cells)
+        for label in labels:
+            cell = next(cell for cell in manifest.cells if getattr(cell, role) == label)
+            yield role, label, _options(cell.spec.get(role))
+
+
+def _threats(manifest: Manifest) -> list[dict[str, str]]:
+    """What each attack knows, and how large it may be."""
+    by_attack: dict[str, list[Cell]] = {}
+    for cell in manifest.cells:
+        by_attack.setdefault(cell.attack, []).append(cell)
+    return [
+        {
+            "attack": attack,
+            "knowledge": KNOWLEDGE.get(cells[0].knowledge, (cells[0].knowledge, ""))[0],
+            "meaning": KNOWLEDGE.get(cells[0].knowledge, ("", "unknown to this version"))[1],
+            "compression": "knows it" if cells[0].knows_compression else "does not know it",
+            "norm": {"linf": "ℓ∞", "l2": "ℓ2"}.get(cells[0].norm, cells[0].norm),
+            "budgets": ", ".join(
+                text.epsilon_text(epsilon) for epsilon in sorted({cell.epsilon for cell in cells})
+            ),
+        }
+        for attack, cells in by_attack.items()
+    ]
+
+
+def _view(store: RunStore, trial: Trial, index: int) -> FindingView:
+    pair = load_pair(store, trial.clean_png, trial.attacked_png)
+    tokens, answers = trial.tokens, trial.answers
+    key = trial.swap.diagnosis.value if trial.swap else "undiagnosed"
+    rows = [] if answers is None else [
+        ("clean", "full", answers.clean_full),
+        ("clean", "compressed", answers.clean_compressed),
+        ("attacked", "full", answers.attacked_full),
+        ("attacked", "compressed", answers.attacked_compressed),
+    ]  # fmt: skip
+    cell = next(cell for cell in store.manifest.cells if cell.id == trial.cell)
+    overlays = (
+        [svg.overlay(tokens.grid, kept, tokens.evidence)
+         for kept in (tokens.kept_clean, tokens.kept_attacked)]
+        if tokens
+        else [Markup(), Markup()]
+    )  # fmt: skip
+    return FindingView(
+        anchor=f"finding-{index}",
+        trial=trial,
+        cell=cell_label(cell),
+        pair=None if isinstance(pair, str) else pair,
+        problem=pair if isinstance(pair, str) else "",
+        kept_clean=overlays[0],
+        kept_attacked=overlays[1],
+        answers=tuple((image, path, one.text, one.correct) for image, path, one in rows),
+        diagnosis=(key, *DIAGNOSIS[key]),
+        spark=svg.sparkline(trial.loss) if len(trial.loss) > 1 else Markup(),
+    )

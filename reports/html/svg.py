@@ -1,0 +1,252 @@
+"""Charts as inline SVG: no script, no library, readable in both colour schemes and on paper.
+
+Horizontal positions are percentages and the SVG has no view box, so a chart follows the width of
+the page while its text keeps its size. Colours come from classes in report.css.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from markupsafe import Markup, escape
+
+from reports.text import plain
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Maps values to percentages of the width.
+
+    Attributes:
+        low: value at the left end.
+        high: value at the right end.
+        ticks: values with a line.
+    """
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def at(self, value: float) -> float:
+        """Position in percent, kept within the chart."""
+        share = (value - self.low) / (self.high - self.low)
+        return round(100 * min(1.0, max(0.0, share)), 3)
+
+
+_Vertical = Callable[[float], float]
+
+UNIT = Scale(0, 1, (0, 0.25, 0.5, 0.75, 1))
+
+
+def scale_for(values: Iterable[float]) -> Scale:
+    """A scale with round ticks around values of a gap, 0 included."""
+    ends = [0.0, *values]
+    low, high = max(-1.0, min(ends)), min(1.5, max(ends))
+    step = next(s for s in (0.05, 0.1, 0.25, 0.5, 1.0) if (high - low) / s <= 6 or s == 1.0)
+    first, last = int(low // step), -int(-high // step)
+    ticks = tuple(round(i * step, 2) for i in range(first, max(last, first + 1) + 1))
+    return Scale(ticks[0], ticks[-1], ticks)
+
+
+def text(value: object) -> Markup:
+    """A string for use inside SVG, foreign or not."""
+    return escape(plain(str(value)))
+
+
+def tag(name: str, content: Markup | str = "", /, **attributes: object) -> Markup:
+    """One element; ``class_`` and ``stroke_width`` become ``class`` and ``stroke-width``."""
+    pairs = (
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), plain(str(value), 200_000))
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup().join(pairs), content)
+
+
+def grid(scale: Scale, height: float) -> Markup:
+    """Vertical lines at the ticks, zero stronger."""
+    return Markup().join(
+        tag(
+            "line", x1=f"{scale.at(tick)}%", x2=f"{scale.at(tick)}%", y1=0, y2=height,
+            class_="zero" if tick == 0 else "tick",
+        )
+        for tick in scale.ticks
+    )  # fmt: skip
+
+
+def axis(scale: Scale) -> Markup:
+    """The numbers below a stack of charts that share a scale."""
+    labels = Markup().join(
+        tag(
+            "text", f"{tick:g}".replace("-", "−"), x=f"{scale.at(tick)}%", y=12,
+            text_anchor=_anchor(index, len(scale.ticks)),
+        )
+        for index, tick in enumerate(scale.ticks)
+    )  # fmt: skip
+    return tag("svg", labels, class_="axis", width="100%", height=16, aria_hidden="true")
+
+
+def _anchor(index: int, n: int) -> str:
+    return "start" if index == 0 else "end" if index == n - 1 else "middle"
+
+
+def interval_row(
+    scale: Scale,
+    value: float,
+    low: float | None,
+    high: float | None,
+    kind: str,
+    label: str,
+    *,
+    hollow: bool = False,
+) -> Markup:
+    """One dot with its interval; a hollow dot for controls, so that colour is not all."""
+    parts = [grid(scale, 22)]
+    if low is not None and high is not None:
+        left, right = scale.at(low), scale.at(high)
+        parts.append(tag("line", x1=f"{left}%", x2=f"{right}%", y1=11, y2=11, class_="span"))
+        parts += [
+            tag("line", x1=f"{x}%", x2=f"{x}%", y1=7, y2=15, class_="span") for x in (left, right)
+        ]
+    parts.append(
+        tag("circle", cx=f"{scale.at(value)}%", cy=11, r=4.5, class_="hollow" if hollow else "dot")
+    )
+    return tag(
+        "svg", Markup().join(parts), class_=f"plot {kind}", width="100%", height=22, role="img",
+        aria_label=label,
+    )  # fmt: skip
+
+
+def bar_row(
+    clean: float, attacked: float, low: float, high: float, kind: str, label: str
+) -> Markup:
+    """Accuracy on clean images as a pale bar, on attacked ones as a solid bar with its interval."""
+    parts = [
+        grid(UNIT, 16),
+        tag("rect", x=0, y=2, width=f"{UNIT.at(clean)}%", height=12, class_="pale"),
+        tag("rect", x=0, y=2, width=f"{UNIT.at(attacked)}%", height=12, class_="solid"),
+        tag("line", x1=f"{UNIT.at(low)}%", x2=f"{UNIT.at(high)}%", y1=8, y2=8, class_="whisker"),
+    ]
+    return tag(
+        "svg", Markup().join(parts), class_=f"bar {kind}", width="100%", height=16, role="img",
+        aria_label=label,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of a curve: x in [0, 1] of the width, the rest in [0, 1]."""
+
+    x: float
+    value: float
+    low: float
+    high: float
+
+
+def curves(series: Mapping[int, Sequence[Point]], ticks: Sequence[tuple[float, str]]) -> Markup:
+    """Curves with bands over a common axis; series i has class ``s{i % 6}``.
+
+    Args:
+        series: points of each curve, left to right, by number of the series.
+        ticks: positions in [0, 1] and their labels.
+    """
+    height, top, bottom = 170, 8, 150
+    span = bottom - top
+
+    def y(value: float) -> float:
+        return round(bottom - span * min(1.0, max(0.0, value)), 2)
+
+    parts = []
+    for level in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(
+            tag("line", x1="0%", x2="100%", y1=y(level), y2=y(level),
+                class_="tick" if level else "zero")
+        )  # fmt: skip
+        parts.append(tag("text", f"{level:g}", x=0, y=y(level) - 3))
+    for x, label in ticks:
+        anchor = "start" if x < 0.05 else "end" if x > 0.95 else "middle"
+        parts.append(tag("text", label, x=f"{_inset(x)}%", y=height - 4, text_anchor=anchor))
+    for index, points in series.items():
+        parts.append(_band(points, index, y, height))
+        parts += _line(points, index, y)
+    return tag("svg", Markup().join(parts), class_="curves", width="100%", height=height,
+               aria_hidden="true")  # fmt: skip
+
+
+def _inset(x: float) -> float:
+    """Percent of the width, with room for the numbers of the vertical axis."""
+    return round(9 + 88 * x, 3)
+
+
+def _band(points: Sequence[Point], index: int, y: _Vertical, height: int) -> Markup:
+    upper = [f"{_inset(p.x)},{y(p.high)}" for p in points]
+    lower = [f"{_inset(p.x)},{y(p.low)}" for p in reversed(points)]
+    area = tag("polygon", points=" ".join(upper + lower))
+    return tag(
+        "svg", area, viewBox=f"0 0 100 {height}", preserveAspectRatio="none", width="100%",
+        height=height, class_=f"band s{index % 6}",
+    )  # fmt: skip
+
+
+def _line(points: Sequence[Point], index: int, y: _Vertical) -> list[Markup]:
+    kind = f"s{index % 6}"
+    parts = [
+        tag(
+            "line", x1=f"{_inset(a.x)}%", y1=y(a.value), x2=f"{_inset(b.x)}%", y2=y(b.value),
+            class_=f"curve {kind}",
+        )
+        for a, b in pairwise(points)
+    ]  # fmt: skip
+    return parts + [
+        tag("circle", cx=f"{_inset(p.x)}%", cy=y(p.value), r=4, class_=f"knot {kind}")
+        for p in points
+    ]
+
+
+def overlay(
+    grid_size: tuple[int, int], kept: Sequence[int], evidence: Sequence[int] | None
+) -> Markup:
+    """Darken the dropped tokens of an image and outline the evidence, in units of one token."""
+    rows, columns = grid_size
+    dropped = set(range(rows * columns)) - set(kept)
+    return tag("path", class_="dropped", d=_squares(sorted(dropped), columns)) + (
+        tag("path", class_="evidence-halo", d=_outline(evidence, columns))
+        + tag("path", class_="evidence", d=_outline(evidence, columns))
+        if evidence
+        else Markup()
+    )
+
+
+def _squares(tokens: Iterable[int], columns: int) -> str:
+    return "".join(f"M{i % columns} {i // columns}h1v1h-1z" for i in tokens)
+
+
+def _outline(tokens: Sequence[int] | None, columns: int) -> str:
+    """Only the edges between a token of the set and one outside it."""
+    inside = {(i // columns, i % columns) for i in tokens or ()}
+    edges = []
+    for row, column in sorted(inside):
+        if (row - 1, column) not in inside:
+            edges.append(f"M{column} {row}h1")
+        if (row + 1, column) not in inside:
+            edges.append(f"M{column} {row + 1}h1")
+        if (row, column - 1) not in inside:
+            edges.append(f"M{column} {row}v1")
+        if (row, column + 1) not in inside:
+            edges.append(f"M{column + 1} {row}v1")
+    return "".join(edges)
+
+
+def sparkline(values: Sequence[float]) -> Markup:
+    """A small curve of a loss trace."""
+    low, high = min(values), max(values)
+    reach = (high - low) or 1.0
+    points = " ".join(
+        f"{100 * i / max(1, len(values) - 1):.1f},{22 - 20 * (value - low) / reach:.1f}"
+        for i, value in enumerate(values)
+    )
+    line = tag("polyline", points=points)
+    return tag("svg", line, class_="spark", viewBox="0 0 100 24", preserveAspectRatio="none",
+               width=90, height=22, aria_hidden="true")  # fmt: skip

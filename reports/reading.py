@@ -1,0 +1,128 @@
+"""What the numbers say, in sentences: for every renderer, from summary.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reports.text import count, epsilon_text, interval, number, plain
+
+Cell = Mapping[str, Any]
+
+DIAGNOSIS = {
+    "ranking": (
+        "Ranking",
+        "Forcing the tokens kept on the clean image mends the attacked one, and forcing the tokens "
+        "kept on the attacked image breaks the clean one: the choice of tokens is the cause.",
+    ),
+    "ranking_partial": (
+        "Ranking (partial)",
+        "Forcing the tokens kept on the clean image mends the attacked one, but the attacked "
+        "choice alone does not break the clean image: the choice of tokens is necessary, not "
+        "sufficient.",
+    ),
+    "content": (
+        "Content",
+        "Neither swap matters: the pixels mislead the compressed path whichever tokens are kept. "
+        "This is an ordinary adversarial example that happens to spare the full path.",
+    ),
+    "mixed": (
+        "Mixed",
+        "The attacked choice of tokens breaks the clean image too, but the clean choice does not "
+        "mend the attacked one: ranking and content both play a part.",
+    ),
+    "undiagnosed": (
+        "Undiagnosed",
+        "No swap test was made: the compressor has no kept set to exchange.",
+    ),
+}
+"""Title and explanation of each diagnosis."""
+
+KNOWLEDGE = {
+    "none": ("Nothing", "the size of the image and of the token grid; a control, not an attacker"),
+    "encoder": (
+        "Vision encoder",
+        "weights and gradients of the vision tower; not the text, the LLM or the compressor",
+    ),
+    "compressed": (
+        "Encoder and compressor",
+        "the vision tower, the compressor, and the LLM up to where the compressor ranks; "
+        "not the answers",
+    ),
+    "white_box": ("Everything", "all weights, gradients through the whole model, and its answers"),
+    "surrogate": ("Other models", "surrogate models only; nothing of the target"),
+    "query": ("Answers only", "text answers of the deployed model, counted"),
+}
+"""Title and meaning of each level of knowledge."""
+
+HOW_TO_READ = (
+    "Every sample is answered four times from saved 8-bit images: clean and attacked, with all "
+    "visual tokens and with compression.",
+    "The failure this tool looks for is right on clean full, clean compressed and attacked full, "
+    "but wrong on attacked compressed. CSFR is its rate among the samples that are right clean.",
+    "CSG is the relative accuracy lost to the attack with compression minus that lost without: "
+    "0 means compression changes nothing, 1 that it alone decides. It can be negative.",
+    "Brackets are 95 % intervals. n/a means an empty denominator, never 0.",
+)
+"""For readers who see such a report for the first time."""
+
+
+def cell_name(cell: Cell) -> str:
+    """Attack and budget of a cell, defence included if there is one."""
+    defense = "" if cell["defense"] in ("", "none") else f" against {plain(cell['defense'])}"
+    return f"{plain(cell['attack'])} at ε {epsilon_text(cell['epsilon'])}{defense}"
+
+
+def statements(summary: Mapping[str, Any]) -> list[str]:
+    """What stands out, one statement per target and compression, the worst first."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in summary["cells"]:
+        if cell["metrics"]["csfr"]["value"] is not None:
+            groups.setdefault((cell["target"], cell["compression"]), []).append(cell)
+    worst = {key: max(cells, key=_severity) for key, cells in groups.items()}
+    ordered = sorted(groups, key=lambda key: -_severity(worst[key])[0])
+    return [_statement(key, worst[key], groups[key], len(groups) > 1) for key in ordered]
+
+
+def _severity(cell: Cell) -> tuple[float, float]:
+    csfr = cell["metrics"]["csfr"]
+    return csfr["low"], csfr["value"]
+
+
+def _statement(key: tuple[str, str], worst: Cell, cells: Sequence[Cell], several: bool) -> str:
+    csfr, upr = worst["metrics"]["csfr"], worst["metrics"]["upr"]
+    where = f"{plain(key[1])} on {plain(key[0])}" if several else plain(key[1])
+    if not worst["failures"]:
+        return (
+            f"{where}: no attack broke a sample only when compressed; the rate may still be up to "
+            f"{_percent(csfr['high'])} (95 %, n = {csfr['n']:,})."
+        )
+    text = (
+        f"{where}: {cell_name(worst)} breaks {_percent(csfr['value'])} of the samples only when "
+        f"compressed (CSFR {interval(csfr, 2)}, n = {csfr['n']:,}), while the full path keeps "
+        f"{_percent(upr['value'])} of its accuracy."
+    )
+    return f"{text} {_cause(worst)}{_control(worst, cells)}".strip()
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.0f} %"
+
+
+def _cause(cell: Cell) -> str:
+    name, n = max(cell["diagnosis"].items(), key=lambda item: item[1])
+    return f"Cause: {DIAGNOSIS[name][0].lower()} in {n} of {count(cell['failures'], 'failure')}."
+
+
+def _control(worst: Cell, cells: Sequence[Cell]) -> str:
+    """Compare with the cell of an attacker who knows nothing, at the same budget."""
+    for cell in cells:
+        same = (cell["epsilon"], cell["defense"]) == (worst["epsilon"], worst["defense"])
+        if cell["knowledge"] == "none" and same and cell is not worst:
+            csfr, mine = cell["metrics"]["csfr"], worst["metrics"]["csfr"]
+            apart = mine["low"] > csfr["high"]
+            return (
+                f" {plain(cell['attack'])} of the same size reaches {number(csfr['value'], 2)}; "
+                f"the intervals {'do not overlap' if apart else 'overlap'}."
+            )
+    return ""
