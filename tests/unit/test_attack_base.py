@@ -246,6 +246,30 @@ def test_forwards_and_backwards_are_counted_per_sample(batch: Batch) -> None:
     assert (result.forwards, result.backwards) == (7, 5)  # one more: the clean pass
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnGradient(Attack):
+    """Calls autograd itself, with two passes and a gradient of each."""
+
+    name: ClassVar[str] = "own_gradient"
+    knowledge: ClassVar[Knowledge] = Knowledge.COMPRESSED
+
+    def propose(self, view: Any, batch: Batch, budget: Budget, rng: SeedBank) -> Tensor:
+        del rng
+        images = batch.images.requires_grad_()
+        losses = [
+            view.encode(images).score.sum(),
+            view.rank(images, batch.questions).log_score.square().sum(),
+        ]
+        gradient = sum(torch.autograd.grad(loss, images)[0] for loss in losses)
+        view.rank(images.detach()[:2], batch.questions[:2])
+        return images.detach() + budget.epsilon * torch.sign(torch.as_tensor(gradient))
+
+
+def test_an_attack_that_calls_autograd_itself_is_counted_too(batch: Batch) -> None:
+    result = OwnGradient()(FakeView(), batch, 8 / 255, SEEDS)
+    assert (result.forwards, result.backwards) == (3, 2)  # 2.5 passes a sample, rounded up
+
+
 def test_the_trace_is_thinned_and_keeps_its_ends(batch: Batch) -> None:
     result = PGD(steps=150)(FakeView(), batch, 8 / 255, SEEDS)
     whole = PGD(steps=40)(FakeView(), batch, 8 / 255, SEEDS)

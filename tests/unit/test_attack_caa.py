@@ -10,6 +10,14 @@ from torch import Tensor
 
 from attacks import CAA, Noise
 from attacks.caa import promoted_tokens
+from attacks.objectives import (
+    answer_divergence,
+    bpr,
+    query_misalignment,
+    remaining_content,
+    reversed_order,
+    score_gap,
+)
 from targets.base import Batch, Ranking
 from tests.fakes import FakeView, make_batch
 
@@ -115,6 +123,47 @@ def test_most_important_erases_content_and_keeps_the_rank(batch: Batch) -> None:
     same = torch.cosine_similarity(erased[0].features, erased[1].features, dim=-1)[promoted]
     assert same.mean() < 0.9
     assert jaccard(view, batch, attacked) > 0.9
+
+
+@pytest.mark.parametrize("region", ["low", "full_image", "most_important"])
+@pytest.mark.parametrize("objective", ["bpr", "score_gap"])
+def test_the_recorded_loss_is_the_formula_at_the_saved_image(
+    batch: Batch, region: str, objective: str
+) -> None:
+    """J put together by hand, every weight different, at the start inside the mask."""
+    view = FakeView()
+    attack = CAA(
+        steps=0,
+        region=region,  # type: ignore[arg-type]
+        ranking=objective,  # type: ignore[arg-type]
+        intra="both",
+        tau=0.7,
+        intra_weight=2.0,
+        query_weight=3.0,
+        erase_weight=5.0,
+        preserve_weight=700.0,
+    )
+    result = attack(view, batch, EPSILON, SEEDS)
+    clean = view.rank(batch.images, batch.questions)
+    now = view.rank(result.images, batch.questions)
+    up = promoted_tokens(attack, clean)
+    score, order = now.log_score, clean.log_score
+    wanted = bpr(score, up, ~up, 0.7) if objective == "bpr" else score_gap(score, up, ~up)
+    if region != "most_important":
+        wanted = wanted + 2 * reversed_order(score, order, up, 0.7)
+        wanted = wanted + 2 * reversed_order(score, order, ~up, 0.7)
+    assert now.keys is not None
+    assert clean.query is not None
+    wanted = wanted + 3 * query_misalignment(now.keys, clean.query, up)
+    wanted = wanted + 5 * remaining_content(now.features, clean.features, up)
+    said = [
+        view.answer_logprobs(x, batch.questions, batch.answers)
+        for x in (batch.images, result.images)
+    ]
+    divergence = answer_divergence(said[0][0], said[1][0], said[0][1])
+    assert (700 * divergence > 0.01).all()
+    wanted = wanted + 700 * divergence
+    assert [trace[0] for trace in result.loss] == pytest.approx(wanted.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
