@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from reports.gate import ExitCode, Verdict
     from reports.terminal import Table
+    from reports.verdict import ExitCode, Verdict
 
 __all__ = ["Built", "build_reports"]
 
@@ -55,12 +55,12 @@ def build_reports(folder: Path) -> Built:
         ReportError: if manifest and ledger do not belong together.
     """
     from reports.findings import collect
-    from reports.gate import ExitCode, Verdict
     from reports.html import render
     from reports.markdown import render_markdown
     from reports.metrics import summarise
     from reports.store import MARKDOWN, REPORT, RunStore
     from reports.terminal import notes, table
+    from reports.verdict import ExitCode, Verdict
 
     store = RunStore.read(folder)
     summary = summarise(store.manifest, store.trials())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from reports.records import Trial
@@ -39,7 +38,10 @@ class Findings:
 
 
 def collect(store: RunStore) -> Findings:
-    """Read a run and pick its findings; order follows the manifest, so equal runs are equal."""
+    """Read a run and pick its findings, cells with most of them first; equal runs give equal picks.
+
+    Within a cell the order is that of the manifest, so nothing is picked for its looks.
+    """
     samples = {sample: index for index, sample in enumerate(store.manifest.samples)}
     by_cell: dict[str, list[Trial]] = defaultdict(list)
     errors: list[Trial] = []
@@ -58,10 +60,13 @@ def collect(store: RunStore) -> Findings:
     cells = [cell.id for cell in store.manifest.cells]
     position = {cell: index for index, cell in enumerate(cells)}
     errors.sort(key=lambda t: (position[t.cell], samples.get(t.sample, len(samples))))
-    taken = list(_in_turn([by_cell[cell] for cell in cells if cell in by_cell]))
+    worst_first = sorted(by_cell, key=lambda cell: (-len(by_cell[cell]), position[cell]))
+    shown = _in_turn([list(by_cell[cell]) for cell in worst_first])
+    chosen = {(trial.cell, trial.sample) for trial in shown}
+    rest = [t for cell in worst_first for t in by_cell[cell] if (t.cell, t.sample) not in chosen]
     return Findings(
-        shown=tuple(sorted(taken[:SHOWN], key=lambda trial: position[trial.cell])),
-        listed=tuple(sorted(taken[SHOWN:], key=lambda t: position[t.cell])[:LISTED]),
+        shown=tuple(sorted(shown, key=lambda trial: worst_first.index(trial.cell))),
+        listed=tuple(rest[:LISTED]),
         total=total,
         errors=tuple(errors[:ERRORS]),
         errors_total=len(errors),
@@ -69,9 +74,17 @@ def collect(store: RunStore) -> Findings:
     )
 
 
-def _in_turn(groups: list[list[Trial]]) -> Iterator[Trial]:
-    """First of each group, then the second of each, …; so that no cell crowds out the others."""
-    for place in range(max(map(len, groups), default=0)):
-        for group in groups:
-            if place < len(group):
-                yield group[place]
+def _in_turn(groups: list[list[Trial]]) -> list[Trial]:
+    """Take from each group in turn, so that no cell crowds out the others, up to `SHOWN`.
+
+    A group gives its first finding on an image not yet shown, or its first if all were.
+    """
+    taken: list[Trial] = []
+    images: set[str] = set()
+    while len(taken) < SHOWN and any(groups):
+        for group in filter(None, groups):
+            fresh = (i for i, trial in enumerate(group) if trial.image not in images)
+            trial = group.pop(next(fresh, 0))
+            images.add(trial.image)
+            taken.append(trial)
+    return taken[:SHOWN]

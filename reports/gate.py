@@ -8,50 +8,30 @@ never passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import IntEnum, StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from reports.records import Cell, GateSpec
+from reports.registry import METRICS
 from reports.statistics import EMPTY, Estimate
 from reports.text import count, epsilon_text, number, plain
+from reports.verdict import ExitCode, Verdict
+
+__all__ = [
+    "CellDecision",
+    "Conclusion",
+    "ExitCode",
+    "GateDecision",
+    "Progress",
+    "Verdict",
+    "cell_label",
+    "conclude",
+    "covers",
+    "decide",
+]
 
 MAX_ERROR_SHARE = 0.05
 """A cell in which more than this share of the trials are errors cannot pass a gate."""
-
-
-class ExitCode(IntEnum):
-    """What `redteam` returns to the shell."""
-
-    PASS = 0
-    """Every gate passed, or the scenario has none."""
-    FAIL = 1
-    """At least one gate failed."""
-    USAGE = 2
-    """The command line or the scenario is invalid; nothing ran."""
-    INCOMPLETE = 3
-    """Trials are missing or none could be measured, or redteam itself failed."""
-    INCONCLUSIVE = 4
-    """No gate failed, but at least one could not be decided: too few samples, or unmeasured."""
-    NOTHING_SELECTED = 5
-    """The plan was empty: no cell or no sample."""
-    INTERRUPTED = 130
-    """Stopped by the user; run again to resume."""
-
-
-class Verdict(StrEnum):
-    """Outcome of one cell under one gate, of one gate, or of a run."""
-
-    PASS = "pass"
-    FAIL = "fail"
-    INCONCLUSIVE = "inconclusive"
-    NOT_GATED = "not_gated"
-    """The scenario states no gate, so nothing was decided (runs only)."""
-
-    @property
-    def severity(self) -> int:
-        """Larger is worse; the worst of several decides."""
-        return {"not_gated": 0, "pass": 1, "inconclusive": 2, "fail": 3}[self.value]
 
 
 class _Record(BaseModel):
@@ -177,12 +157,18 @@ def _compare(gate: GateSpec, estimate: Estimate | None) -> tuple[Verdict, str]:
     if estimate is None:
         return Verdict.INCONCLUSIVE, f"there is no metric {plain(gate.metric)!r}"
     if estimate.value is None:
-        return Verdict.INCONCLUSIVE, f"{gate.metric} is not applicable: its denominator is empty"
+        return (
+            Verdict.INCONCLUSIVE,
+            f"{_title(gate.metric)} is not applicable: its denominator is empty",
+        )
     low, high = estimate.low, estimate.high
     if low is None or high is None:
-        return Verdict.INCONCLUSIVE, f"{gate.metric} has no interval here, and a point cannot gate"
+        return (
+            Verdict.INCONCLUSIVE,
+            f"{_title(gate.metric)} has no interval here, and a point cannot gate",
+        )
     shown = (
-        f"{gate.metric} is {number(estimate.value)}, {gate.confidence:.0%} interval "
+        f"{_title(gate.metric)} is {number(estimate.value)}, {gate.confidence:.0%} interval "
         f"{number(low)} to {number(high)} (n = {estimate.n:,})"
     )
     if gate.max is not None and low > gate.max:
@@ -196,6 +182,10 @@ def _compare(gate: GateSpec, estimate: Estimate | None) -> tuple[Verdict, str]:
         return Verdict.PASS, f"{shown}: all of it within the limit"
     limit = gate.max if gate.max is not None and high > gate.max else gate.min
     return Verdict.INCONCLUSIVE, f"{shown}: the limit {limit:g} lies inside, so more samples decide"
+
+
+def _title(metric: str) -> str:
+    return METRICS[metric].title if metric in METRICS else plain(metric)
 
 
 def decide(
@@ -261,7 +251,7 @@ def _words(decisions: Sequence[GateDecision], verdict: Verdict) -> tuple[str, st
         why = f"All {total} gates hold, each with the whole of its interval."
         return "Pass", why, ExitCode.PASS
     share = f"{len(reasons)} of {count(total, 'gate')}"
-    first = f"{plain(reasons[0].name)}: {reasons[0].reason}"
+    first = f"“{plain(reasons[0].name)}”: {reasons[0].reason}"
     if verdict is Verdict.FAIL:
         return "Fail", f"{share} failed. {first}", ExitCode.FAIL
     return "Inconclusive", f"{share} could not be decided. {first}", ExitCode.INCONCLUSIVE

@@ -81,7 +81,8 @@ def statements(summary: Mapping[str, Any]) -> list[str]:
             groups.setdefault((cell["target"], cell["compression"]), []).append(cell)
     worst = {key: max(cells, key=_severity) for key, cells in groups.items()}
     ordered = sorted(groups, key=lambda key: -_severity(worst[key])[0])
-    return [_statement(key, worst[key], groups[key], len(groups) > 1) for key in ordered]
+    several = len({target for target, _ in groups}) > 1
+    return [_statement(key, worst[key], groups[key], several) for key in ordered]
 
 
 def _severity(cell: Cell) -> tuple[float, float]:
@@ -122,7 +123,7 @@ def _control(worst: Cell, cells: Sequence[Cell]) -> str:
             csfr, mine = cell["metrics"]["csfr"], worst["metrics"]["csfr"]
             apart = mine["low"] > csfr["high"]
             return (
-                f" {plain(cell['attack'])} of the same size reaches {number(csfr['value'], 2)}; "
+                f" At the same budget {plain(cell['attack'])} reaches {number(csfr['value'], 2)}; "
                 f"the intervals {'do not overlap' if apart else 'overlap'}."
             )
     return ""

@@ -15,7 +15,7 @@ _INVISIBLE = frozenset("\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u3164\u
 def plain(text: str, limit: int = 2_000) -> str:
     """Make a foreign string safe to show: one line, nothing invisible, nothing that reorders text.
 
-    Control, format (bidirectional, zero-width), surrogate and private characters become visible
+    Control, bidirectional, zero-width, surrogate, private and unassigned characters become visible
     escapes such as ``⟨U+202E⟩``, so that what a reader sees is what the string holds.
 
     Args:
@@ -27,9 +27,9 @@ def plain(text: str, limit: int = 2_000) -> str:
 
 
 def _visible(character: str) -> str:
-    if character in "\n\r\t\u2028\u2029":
+    if character in "\n\r\t\u2028\u2029" or unicodedata.category(character) == "Zs":
         return " "
-    if character in _INVISIBLE or unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co"}:
+    if character in _INVISIBLE or not character.isprintable():
         return f"⟨U+{ord(character):04X}⟩"
     return character
 

@@ -50,11 +50,6 @@ def scale_for(values: Iterable[float]) -> Scale:
     return Scale(ticks[0], ticks[-1], ticks)
 
 
-def text(value: object) -> Markup:
-    """A string for use inside SVG, foreign or not."""
-    return escape(plain(str(value)))
-
-
 def tag(name: str, content: Markup | str = "", /, **attributes: object) -> Markup:
     """One element; ``class_`` and ``stroke_width`` become ``class`` and ``stroke-width``."""
     pairs = (
@@ -62,7 +57,8 @@ def tag(name: str, content: Markup | str = "", /, **attributes: object) -> Marku
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup().join(pairs), content)
+    inner = content if isinstance(content, Markup) else escape(plain(content))
+    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup().join(pairs), inner)
 
 
 def grid(scale: Scale, height: float) -> Markup:
@@ -81,15 +77,11 @@ def axis(scale: Scale) -> Markup:
     labels = Markup().join(
         tag(
             "text", f"{tick:g}".replace("-", "−"), x=f"{scale.at(tick)}%", y=12,
-            text_anchor=_anchor(index, len(scale.ticks)),
+            text_anchor="middle",
         )
-        for index, tick in enumerate(scale.ticks)
+        for tick in scale.ticks
     )  # fmt: skip
     return tag("svg", labels, class_="axis", width="100%", height=16, aria_hidden="true")
-
-
-def _anchor(index: int, n: int) -> str:
-    return "start" if index == 0 else "end" if index == n - 1 else "middle"
 
 
 def interval_row(

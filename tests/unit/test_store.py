@@ -1,0 +1,238 @@
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from report_data import cell, manifest, trial
+
+from reports.errors import LedgerError, ResumeMismatch, RunLockedError, StoreError
+from reports.records import Manifest
+from reports.store import LEDGER, RunStore
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of four samples, two of them recorded."""
+    with RunStore.create(tmp_path / "run", manifest(), "name: test\n") as store:
+        store.append([trial("s0"), trial("s1", "1111")])
+    return tmp_path / "run"
+
+
+def samples(store: RunStore) -> list[str]:
+    return [one.sample for one in store.trials()]
+
+
+def test_what_was_appended_is_read_back(folder: Path) -> None:
+    store = RunStore.read(folder)
+    assert list(store.trials()) == [trial("s0"), trial("s1", "1111")]
+    assert store.done() == {("c1", "s0"), ("c1", "s1")}
+    assert store.manifest == manifest()
+    assert store.scenario_text() == "name: test\n"
+
+
+def test_strange_strings_survive_the_ledger(tmp_path: Path) -> None:
+    odd = trial("s0", question='</script>\u202e\u0000\n\u2028\x85 {"sha256": 😀')
+    with RunStore.create(tmp_path / "run", manifest()) as store:
+        store.append([odd, trial("s1")])
+    assert list(RunStore.read(tmp_path / "run").trials()) == [odd, trial("s1")]
+
+
+def test_a_resume_appends(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        assert not store.repaired
+        store.append([trial("s2")])
+    assert samples(RunStore.read(folder)) == ["s0", "s1", "s2"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40, 300])
+def test_a_line_cut_short_by_a_kill_is_ignored_and_then_repaired(folder: Path, cut: int) -> None:
+    ledger = folder / LEDGER
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole[:-cut])
+    assert samples(RunStore.read(folder)) == ["s0"]
+    assert ledger.read_bytes() == whole[:-cut], "reading must not write"
+    with RunStore.open(folder, manifest()) as store:
+        assert store.repaired
+        assert store.done() == {("c1", "s0")}
+        store.append([trial("s1", "1111")])
+    assert ledger.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [1, 2])
+@pytest.mark.parametrize("old", [b'"correct":true', b'"sha256": "', b'"sample":'])
+def test_any_other_damage_is_an_error_with_its_line(folder: Path, line: int, old: bytes) -> None:
+    lines = (folder / LEDGER).read_bytes().splitlines(keepends=True)
+    lines[line - 1] = lines[line - 1].replace(old, b"x" * len(old), 1)
+    (folder / LEDGER).write_bytes(b"".join(lines))
+    with pytest.raises(LedgerError, match=rf"line {line} is damaged.*Delete line {line}"):
+        list(RunStore.read(folder).trials())
+    with pytest.raises(LedgerError):
+        RunStore.open(folder, manifest())
+
+
+def test_after_the_advice_of_that_error_only_that_trial_is_missing(folder: Path) -> None:
+    lines = (folder / LEDGER).read_bytes().splitlines(keepends=True)
+    (folder / LEDGER).write_bytes(lines[1])
+    with RunStore.open(folder, manifest()) as store:
+        assert store.done() == {("c1", "s1")}
+
+
+def test_of_two_lines_of_one_sample_the_last_counts(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        store.append([trial("s0", "error"), trial("s2", "error")])
+        store.append([trial("s0", "0000")])
+    store = RunStore.read(folder)
+    assert [one.sample for one in store.trials()] == ["s1", "s2", "s0"]
+    assert {one.sample: one.error is None for one in store.trials()}["s0"]
+    assert ("c1", "s2") in store.done()
+    assert ("c1", "s2") not in store.done(errors=False)
+
+
+def test_images_are_stored_once_by_their_content(folder: Path) -> None:
+    data = b"not really a PNG"
+    with RunStore.open(folder, manifest()) as store:
+        name = store.save_png(data)
+        assert store.save_png(data) == name == hashlib.sha256(data).hexdigest()
+    store = RunStore.read(folder)
+    assert store.read_png(name) == data
+    assert store.image_path(name) == folder / "images" / name[:2] / f"{name}.png"
+    assert [p.name for p in (folder / "images").rglob("*") if p.is_file()] == [f"{name}.png"]
+
+
+def test_a_changed_image_is_noticed(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        name = store.save_png(b"one")
+    store.image_path(name).write_bytes(b"two")
+    with pytest.raises(StoreError, match="was changed"):
+        store.read_png(name)
+
+
+def changed(**update: object) -> Manifest:
+    return manifest().model_copy(update=update)
+
+
+def test_a_resume_of_another_scenario_is_refused_key_by_key(folder: Path) -> None:
+    scenario = {
+        "name": "test", "seed": 0, "attacks": [{"type": "caa", "steps": 40, "alpha": 0.1}],
+    }  # fmt: skip
+    with pytest.raises(ResumeMismatch) as caught:
+        RunStore.open(folder, changed(scenario=scenario, scenario_hash="1" * 16))
+    assert caught.value.differences == (
+        "attacks[0].alpha: (absent) -> 0.1",
+        "attacks[0].steps: 30 -> 40",
+    )
+    assert "attacks[0].steps: 30 -> 40" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("update", "said"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"samples": ["s0"]}, "samples: 4 -> 1"),
+        ({"cells": [cell("other")]}, "cells: 1 -> 1"),
+        ({"scenario_hash": "1" * 16}, "scenario_hash"),
+    ],
+)
+def test_other_differences_are_refused_too(
+    folder: Path, update: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ResumeMismatch, match=said):
+        RunStore.open(folder, changed(**update))
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    first = changed(provenance={"identity": {"scenes-a": "aaaa"}, "host": "one"})
+    RunStore.create(tmp_path / "run", first).close()
+    with pytest.raises(ResumeMismatch, match=r'identity.scenes-a: "aaaa" -> "bbbb"'):
+        RunStore.open(tmp_path / "run", changed(provenance={"identity": {"scenes-a": "bbbb"}}))
+    again = changed(provenance={"identity": {"scenes-a": "aaaa"}, "host": "two"})
+    RunStore.open(tmp_path / "run", again).close()  # another machine is no other run
+
+
+def test_two_writers_are_refused_and_the_first_is_named(folder: Path) -> None:
+    with RunStore.open(folder, manifest()):
+        with pytest.raises(RunLockedError, match=f"process {os.getpid()}"):
+            RunStore.open(folder, manifest())
+        assert samples(RunStore.read(folder)) == ["s0", "s1"], "reading is always possible"
+    RunStore.open(folder, manifest()).close()
+
+
+def test_a_killed_writer_leaves_no_lock(folder: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from reports.files import FileLock\n"
+        "lock = FileLock(Path(sys.argv[1]) / '.lock'); print('held', flush=True); time.sleep(60)"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"held\n"
+    with pytest.raises(RunLockedError, match=f"process {writer.pid}"):
+        RunStore.open(folder, manifest())
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    RunStore.open(folder, manifest()).close()
+
+
+def test_a_folder_with_something_in_it_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "scenario.yaml").write_text("mine")
+    with pytest.raises(StoreError, match="not empty"):
+        RunStore.create(tmp_path, manifest())
+    assert (tmp_path / "scenario.yaml").read_text() == "mine"
+
+
+def test_a_run_killed_before_its_manifest_can_start_again(tmp_path: Path) -> None:
+    RunStore.create(tmp_path, manifest(), "x").close()
+    (tmp_path / "manifest.json").unlink()
+    RunStore.create_or_open(tmp_path, manifest(), "x").close()
+    RunStore.create_or_open(tmp_path, manifest(), "x").close()
+
+
+def test_what_is_no_run_folder_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="not a run folder"):
+        RunStore.read(tmp_path)
+
+
+def test_a_manifest_that_cannot_be_read_names_the_field(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"name": "test"', '"name": 3', 1))
+    with pytest.raises(StoreError, match="name: "):
+        RunStore.read(folder)
+
+
+def test_a_store_for_reading_does_not_write(folder: Path) -> None:
+    with pytest.raises(StoreError, match="reading only"):
+        RunStore.read(folder).append([trial("s2")])
+
+
+def test_a_full_disk_is_explained_and_leaves_the_ledger_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (folder / LEDGER).read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunStore.open(folder, manifest()) as store:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="disk is full"):
+            store.append([trial("s2")])
+        with pytest.raises(StoreError, match="disk is full"):
+            store.save_png(b"image")
+        monkeypatch.undo()
+        assert (folder / LEDGER).read_bytes() == before
+        assert not list((folder / "images").rglob("*.*")), "no temporary file stays"
+        store.append([trial("s2")])
+    assert samples(RunStore.read(folder)) == ["s0", "s1", "s2"]
+
+
+def test_a_place_that_is_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="another --out folder"):
+        RunStore.create(tmp_path / "file" / "run", manifest())
