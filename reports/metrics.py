@@ -1,209 +1,23 @@
-"""From trials to summary.json: each metric is computed here, once, and nowhere else.
+"""From trials to summary.json, whose form is docs/results-format.md.
 
-Definitions are in `reports.registry` and docs/metrics.md. Errors are no outcomes: they enter no
-metric and are counted apart. An empty denominator gives null, never 0.
+The metrics themselves are in `reports.measure`, their definitions in `reports.registry`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from reports.errors import ReportError
 from reports.gate import Progress, conclude, decide
+from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
 from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Manifest, Trial
 from reports.registry import METRICS, Metric
-from reports.statistics import (
-    EMPTY,
-    Estimate,
-    cluster_bootstrap,
-    cluster_mean,
-    mcnemar_exact,
-    unseen,
-    wilson,
-)
+from reports.statistics import Estimate, mcnemar_exact
 
 __all__ = ["METRICS", "Metric", "Row", "measure", "row_of", "summarise"]
-
-CONFIDENCE = 0.95
-"""Of the intervals in summary.json; a gate states its own."""
-
-_BOOTSTRAP = ("clean_drop", "upr", "cae", "csg", "amplification")
-_MEANS: dict[str, tuple[float, float] | None] = {
-    "jaccard": (0, 1),
-    "spearman": (-1, 1),
-    "kendall": (-1, 1),
-    "top_preserved": (0, 1),
-    "bottom_infiltrated": (0, 1),
-    "evidence_kept_clean": (0, 1),
-    "evidence_kept_attacked": (0, 1),
-    "l2": None,
-    "psnr": None,
-}
-
-
-class Row(NamedTuple):
-    """What the metrics need of one trial; small, so that 100,000 fit in memory."""
-
-    image: str
-    kind: str
-    error: bool
-    full_clean: bool
-    compressed_clean: bool
-    full_attacked: bool
-    compressed_attacked: bool
-    recovered: bool | None
-    reproduced: bool | None
-    diagnosis: Diagnosis | None
-    linf: float | None
-    means: tuple[float | None, ...]
-    """Values of the `mean` metrics, in the order of `_MEANS`."""
-
-    @property
-    def failure(self) -> bool:
-        """Compression-specific failure."""
-        return (
-            self.full_clean
-            and self.compressed_clean
-            and self.full_attacked
-            and not self.compressed_attacked
-        )
-
-
-def row_of(trial: Trial) -> Row:
-    """Take from a trial what the metrics need."""
-    a, swap, tokens, distance = trial.answers, trial.swap, trial.tokens, trial.distance
-    return Row(
-        image=trial.image,
-        kind=trial.kind,
-        error=a is None,
-        full_clean=a is not None and a.clean_full.correct,
-        compressed_clean=a is not None and a.clean_compressed.correct,
-        full_attacked=a is not None and a.attacked_full.correct,
-        compressed_attacked=a is not None and a.attacked_compressed.correct,
-        recovered=swap.recovered if swap else None,
-        reproduced=swap.reproduced if swap else None,
-        diagnosis=swap.diagnosis if swap else None,
-        linf=distance.linf if distance else None,
-        means=tuple(
-            getattr(distance if name in ("l2", "psnr") else tokens, name, None) for name in _MEANS
-        ),
-    )
-
-
-_Test = Callable[[Row], bool | None]
-
-_PROPORTIONS: dict[str, tuple[_Test, _Test]] = {
-    # name: (event, denominator); the event is only asked of rows in the denominator
-    "acc_full_clean": (lambda r: r.full_clean, lambda r: True),
-    "acc_compressed_clean": (lambda r: r.compressed_clean, lambda r: True),
-    "acc_full_attacked": (lambda r: r.full_attacked, lambda r: True),
-    "acc_compressed_attacked": (lambda r: r.compressed_attacked, lambda r: True),
-    "csfr": (lambda r: r.failure, lambda r: r.full_clean and r.compressed_clean),
-    "cbr": (
-        lambda r: r.failure,
-        lambda r: r.full_clean and r.compressed_clean and r.full_attacked,
-    ),
-    "full_asr": (lambda r: not r.full_attacked, lambda r: r.full_clean),
-    "compressed_asr": (lambda r: not r.compressed_attacked, lambda r: r.compressed_clean),
-    "recovered": (lambda r: r.recovered, lambda r: r.failure and r.recovered is not None),
-    "reproduced": (lambda r: r.reproduced, lambda r: r.failure and r.reproduced is not None),
-}
-_OUTCOMES = (*list(_PROPORTIONS)[:8], *_BOOTSTRAP)
-"""Metrics also given by kind of question."""
-
-
-def measure(
-    rows: Sequence[Row],
-    *,
-    seed: int,
-    confidence: float = CONFIDENCE,
-    names: Iterable[str] = METRICS,
-) -> dict[str, Estimate]:
-    """Compute metrics over the rows of one cell.
-
-    Args:
-        rows: trials of one cell, errors included (they are left out here).
-        seed: of the bootstrap.
-        confidence: two-sided, of every interval.
-        names: which metrics; default all.
-
-    Returns:
-        Estimates by name, in the order of the registry.
-    """
-    wanted, measured = set(names), [row for row in rows if not row.error]
-    found: dict[str, Estimate] = {}
-    for name in wanted & _PROPORTIONS.keys():
-        event, eligible = _PROPORTIONS[name]
-        base = [row for row in measured if eligible(row)]
-        found[name] = wilson(sum(bool(event(row)) for row in base), len(base), confidence)
-    if wanted.intersection(_BOOTSTRAP):
-        found |= _bootstrapped(measured, seed, confidence)
-    for index, (name, bounds) in enumerate(_MEANS.items()):
-        if name in wanted:
-            pairs = [(row.means[index], row.image) for row in measured]
-            values = [value for value, _ in pairs if value is not None]
-            images = [image for value, image in pairs if value is not None]
-            found[name] = cluster_mean(values, images, confidence=confidence, bounds=bounds)
-    if "linf" in wanted:
-        sizes = [row.linf for row in measured if row.linf is not None]
-        found["linf"] = Estimate(max(sizes), None, None, len(sizes)) if sizes else EMPTY
-    return {name: found[name] for name in METRICS if name in wanted}
-
-
-def _bootstrapped(rows: Sequence[Row], seed: int, confidence: float) -> dict[str, Estimate]:
-    if not rows:
-        return dict.fromkeys(_BOOTSTRAP, EMPTY)
-    table = _by_image(rows)
-    value, low, high = cluster_bootstrap(table, _statistics, seed=seed, confidence=confidence)
-    n = (len(rows), *(int(table[:, column].sum()) for column in (1, 2)))
-    clusters = (len(table), *(int((table[:, column] > 0).sum()) for column in (1, 2)))
-    # What a statistic is over, in the order of _BOOTSTRAP: all, c, c_K, the smaller of both, all.
-    both = int(n[1] > n[2]) + 1
-    estimates: dict[str, Estimate] = {}
-    for index, (name, over) in enumerate(zip(_BOOTSTRAP, (0, 1, 2, both, 0), strict=True)):
-        if np.isnan(value[index]):
-            estimates[name] = EMPTY
-            continue
-        floor = unseen(clusters[over], confidence)
-        point = float(value[index])
-        ends = min(float(low[index]), point - floor), max(float(high[index]), point + floor)
-        least, most = _RANGES[name]
-        estimates[name] = Estimate(point, max(least, ends[0]), min(most, ends[1]), n[over])
-    return estimates
-
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "clean_drop": (-1, 1),
-    "upr": (0, float("inf")),  # above 1 when the attack mends more answers than it breaks
-    "cae": (float("-inf"), 1),
-    "csg": (float("-inf"), float("inf")),
-    "amplification": (-2, 2),
-}
-
-
-def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``, images sorted."""
-    sums: dict[str, list[int]] = {}
-    for row in rows:
-        cluster = sums.setdefault(row.image, [0] * 5)
-        for index, one in enumerate((1, *row[3:7])):
-            cluster[index] += int(one)
-    return np.array([sums[image] for image in sorted(sums)], dtype=np.int64)
-
-
-def _statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    n, c, c_k, c_adv, c_k_adv = sums.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        upr = np.where(c > 0, c_adv / c, np.nan)
-        cae = np.where(c_k > 0, 1 - c_k_adv / c_k, np.nan)
-    drop, amplified = (c - c_k) / n, ((c_k - c_k_adv) - (c - c_adv)) / n
-    return np.stack([drop, upr, cae, upr + cae - 1, amplified], axis=1)
 
 
 def seed_of(manifest: Manifest, cell: str) -> int:
@@ -348,7 +162,7 @@ def _by_kind(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     for kind in kinds:
         mine = [row for row in rows if row.kind == kind]
         errors = sum(row.error for row in mine)
-        found = measure(mine, seed=seed, names=_OUTCOMES)
+        found = measure(mine, seed=seed, names=OUTCOMES)
         result[kind] = {
             "n": len(mine) - errors,
             "errors": errors,

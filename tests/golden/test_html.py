@@ -167,16 +167,16 @@ def test_markdown_says_the_verdict_first(drawn: Path) -> None:
     assert len(text.encode()) < 20_000
 
 
-def test_markdown_stays_under_its_limit(tmp_path: Path) -> None:
-    names = [f"s{i}" for i in range(3000)]
-    cells = [cell(f"c{i}", attack=f"attack-{i}-" + "x" * 190) for i in range(5000)]
-    planned = manifest(cells=cells).model_copy(update={"samples": names})
+def test_markdown_stays_under_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LIMIT < 1024 * 1024
+    monkeypatch.setattr("reports.markdown.LIMIT", 6_000)
+    planned = manifest(cells=[cell(f"c{i}", attack=f"attack-{i}") for i in range(200)])
     with RunStore.create(tmp_path / "run", planned) as store:
         store.append([trial("s0", cell="c0")])
-    built = reports.build_reports(tmp_path / "run")
-    text = built.markdown.read_text(encoding="utf-8")
-    assert len(text.encode()) <= LIMIT < 1024 * 1024
-    assert "cut to fit" in text
+    text = reports.build_reports(tmp_path / "run").markdown.read_text(encoding="utf-8")
+    assert 5_000 < len(text.encode()) <= 6_000
+    assert text.endswith("… cut to fit; the whole is in summary.json and report.html.\n")
+    assert text.splitlines()[-3].endswith("|"), "no row is torn"
 
 
 def test_findings_are_capped_and_the_rest_is_listed(drawn: Path) -> None:
