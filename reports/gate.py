@@ -7,6 +7,7 @@ never passes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -184,6 +185,15 @@ def _compare(gate: GateSpec, estimate: Estimate | None) -> tuple[Verdict, str]:
     return Verdict.INCONCLUSIVE, f"{shown}: the limit {limit:g} lies inside, so more samples decide"
 
 
+def _excess(gate: GateSpec, decided: CellDecision) -> float:
+    """How far the interval reaches beyond the limit; the less room is left, the larger."""
+    if decided.low is None or decided.high is None:
+        return math.inf
+    above = decided.high - gate.max if gate.max is not None else -math.inf
+    below = gate.min - decided.low if gate.min is not None else -math.inf
+    return max(above, below)
+
+
 def _title(metric: str) -> str:
     return METRICS[metric].title if metric in METRICS else plain(metric)
 
@@ -208,7 +218,7 @@ def decide(
         if covers(gate, cell)
     ]
     if decided:
-        worst = max(decided, key=lambda one: one.verdict.severity)  # the first of equals
+        worst = max(decided, key=lambda one: (one.verdict.severity, _excess(gate, one)))
         verdict, reason = worst.verdict, f"{worst.label}: {worst.reason}."
     else:
         where = ", ".join(f"{plain(k)} = {plain(str(v))}" for k, v in gate.where.items())

@@ -17,7 +17,7 @@ LIMIT = 1_000_000
 
 _PUNCTUATION = re.compile(r"([\\`*_\[\]<>|~#&])")
 _ENTITIES = re.compile(r"[$@]|:(?=//)|(?<=www)\.", re.IGNORECASE)
-_LEADING = re.compile(r"^([-+=]|\d+(?=[.)]))")
+_LEADING = re.compile(r"^([-+=]|\d+(?=[.)]\s))")
 _MARK = {"pass": "✅", "fail": "❌", "inconclusive": "❔", "not_gated": "➖"}
 _SHOWN = 20
 

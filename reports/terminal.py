@@ -62,12 +62,13 @@ def _accuracies(cell: Mapping[str, Any], path: str) -> str:
 
 
 def diagnosis_text(cell: Mapping[str, Any]) -> str:
-    """Causes of the failures with their counts, most frequent first: ``ranking 31 of 34``."""
+    """Causes of the failures with their counts, most frequent first: ``ranking 31 of 34 (partial 3)``."""
     if not cell["failures"]:
         return "no failures" if cell["n"] else "—"
     counts = sorted(cell["diagnosis"].items(), key=lambda item: -item[1])
-    named = [f"{name.replace('_', ' ')} {n}" for name, n in counts if n]
-    return f"{', '.join(named)} of {cell['failures']}"
+    (first, most), *others = [(name.replace("ranking_", ""), n) for name, n in counts if n]
+    rest = ", ".join(f"{name} {n}" for name, n in others)
+    return f"{first} {most} of {cell['failures']}" + (f" ({rest})" if rest else "")
 
 
 def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:

@@ -100,6 +100,14 @@ def test_the_worst_cell_decides() -> None:
     assert "0.500" in made.reason
 
 
+def test_of_cells_that_pass_the_one_nearest_to_the_limit_is_named() -> None:
+    cells = [cell("a"), cell("b", attack="pgd"), cell("c")]
+    near = Estimate(0.05, 0.02, 0.09, 100)
+    made = decide(gate(), cells, lambda c, *_: near if c.id == "b" else GOOD, lambda _: FULL)
+    assert made.verdict is Verdict.PASS
+    assert "pgd" in made.reason
+
+
 def test_a_gate_that_matches_nothing_is_inconclusive() -> None:
     made = decide(gate(where={"attack": "cca"}), [cell()], lambda *_: GOOD, lambda _: FULL)
     assert made.verdict is Verdict.INCONCLUSIVE
