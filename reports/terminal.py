@@ -62,7 +62,7 @@ def _accuracies(cell: Mapping[str, Any], path: str) -> str:
 
 
 def diagnosis_text(cell: Mapping[str, Any]) -> str:
-    """Causes of the failures with their counts, most frequent first: ``ranking 31 of 34 (partial 3)``."""
+    """Causes of the failures, most frequent first: ``ranking 31 of 34 (partial 3)``."""
     if not cell["failures"]:
         return "no failures" if cell["n"] else "—"
     counts = sorted(cell["diagnosis"].items(), key=lambda item: -item[1])
