@@ -1,0 +1,156 @@
+"""What a compression session refuses, each with a reason, before it could give wrong numbers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from targets.compression.base import Compressor
+from targets.errors import CompressionError
+from targets.families.base import Family
+
+_OWNER = "_open_compression_session"
+
+
+def check(family: Family, compressor: Compressor, relax: float | None) -> None:
+    """Refuse a compressor that does not fit a model.
+
+    Raises:
+        CompressionError: with the option at fault.
+    """
+    layers = len(family.layers)
+    for layer in (compressor.looks_at, compressor.prunes_at):
+        if layer is not None and not 0 <= layer < layers:
+            raise CompressionError(
+                f"compressor {compressor.name}: layer {compressor.prunes_at} does not exist; the "
+                f"language model has layers 0 to {layers - 1}"
+            )
+    compressor.budget(family.tokens)
+    implementation = str(getattr(family.text.config, "_attn_implementation", ""))
+    if relax is not None and implementation not in ("sdpa", "eager"):
+        raise CompressionError(
+            f"the straight-through path needs a mask with a gradient, which {implementation} does "
+            "not take; load the model with attn_implementation sdpa or eager"
+        )
+
+
+def acquire(model: Any, session: object) -> None:  # noqa: ANN401 - transformers is untyped
+    """Mark a model as taken and guard its `generate`.
+
+    Raises:
+        CompressionError: if another session is open, or the model is compiled.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise CompressionError(
+            "the model is compiled by torch.compile, which traces around hooks; compress the "
+            "original model"
+        )
+    if _OWNER in model.__dict__:
+        raise CompressionError(
+            "this model is already inside a compression session; close that one first"
+        )
+    original = model.generate
+    model.__dict__[_OWNER] = (session, model.__dict__.get("generate"))
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - signature of transformers
+        config = kwargs.get("generation_config")
+        check_generation(config if config is not None else model.generation_config, kwargs)
+        return original(*args, **kwargs)
+
+    model.__dict__["generate"] = generate
+
+
+def release(model: Any, session: object) -> None:  # noqa: ANN401 - transformers is untyped
+    """Undo `acquire`; does nothing for a model another session holds."""
+    owner, before = model.__dict__.get(_OWNER, (None, None))
+    if owner is not session:
+        return
+    del model.__dict__[_OWNER], model.__dict__["generate"]
+    if before is not None:
+        model.__dict__["generate"] = before
+
+
+def check_generation(config: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+    """Refuse ways of decoding that reorder, crop or preallocate the cache.
+
+    Raises:
+        CompressionError: for beams, assisted decoding, or a cache that is not dynamic.
+    """
+
+    def option(name: str) -> Any:  # noqa: ANN401
+        return kwargs.get(name, getattr(config, name, None))
+
+    if (option("num_beams") or 1) > 1:
+        raise CompressionError(
+            f"beam search (num_beams {option('num_beams')}) is not supported under compression, "
+            "because beams reorder rows behind the session's back; use num_beams=1"
+        )
+    helpers = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    used = [name for name in helpers if option(name) is not None]
+    if used:
+        raise CompressionError(
+            f"assisted decoding ({', '.join(used)}) is not supported under compression, because "
+            "it crops caches whose layers have different lengths; leave it out"
+        )
+    cache = option("cache_implementation")
+    if cache not in (None, "dynamic"):
+        raise CompressionError(
+            f"cache_implementation {cache!r} is not supported under compression; use a dynamic "
+            "cache (leave the option out)"
+        )
+
+
+def check_cache(cache: Any) -> None:  # noqa: ANN401 - transformers is untyped
+    """Refuse caches whose layers cannot differ in length.
+
+    Raises:
+        CompressionError: for static, sliding or encoder-decoder caches.
+    """
+    if cache is None:
+        return
+    sliding = any(getattr(cache, "is_sliding", ()) or ())
+    if getattr(cache, "is_compileable", False) or sliding or not hasattr(cache, "layers"):
+        raise CompressionError(
+            f"cache {type(cache).__name__} is not supported under compression: its layers have "
+            "one fixed length; use transformers.DynamicCache"
+        )
+
+
+def check_length(mask: Tensor, cache: Any, layer: int, steps: int) -> None:  # noqa: ANN401
+    """Refuse a cache that was changed behind the session's back.
+
+    Raises:
+        CompressionError: if a layer's cache and the columns known for it differ in number.
+    """
+    held = 0 if cache is None else int(cache.get_seq_length(layer))
+    if held + steps != mask.shape[1]:
+        raise CompressionError(
+            f"layer {layer} holds {held} cached and {steps} new columns, but the session knows of "
+            f"{mask.shape[1]}; the cache was cropped or reused from another prompt"
+        )
+
+
+def columns_of(kwargs: dict[str, Any], embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """The 2-D mask and position ids ``[B, L]`` of a prefill; ones and 0 … L−1 where absent.
+
+    Raises:
+        CompressionError: for masks that are not two-dimensional.
+    """
+    rows, length = embeds.shape[:2]
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(rows, length, dtype=torch.long, device=embeds.device)
+    if not isinstance(mask, Tensor) or mask.shape != (rows, length):
+        form = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise CompressionError(
+            f"the language model was given a mask of form {form}; compression needs one of "
+            f"[{rows}, {length}]"
+        )
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(length, device=embeds.device)[None]
+    return mask.long(), positions.expand(rows, length)

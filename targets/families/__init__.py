@@ -1,0 +1,33 @@
+"""Adapters to families of models; `family_of` finds the one for a loaded model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from targets.errors import TargetError
+
+if TYPE_CHECKING:
+    from targets.families.base import Family
+
+SUPPORTED: Final = {"llava": "targets.families.llava:Llava"}
+"""``config.model_type`` → where its adapter lives; a new family is one line and one file."""
+
+
+def family_of(model: Any) -> Family:  # noqa: ANN401 - transformers is untyped
+    """The adapter for a loaded model.
+
+    Raises:
+        TargetError: if its family is not supported.
+    """
+    import importlib
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in SUPPORTED:
+        raise TargetError(
+            f"models of type {kind!r} ({type(model).__name__}) are not supported; supported: "
+            f"{', '.join(sorted(SUPPORTED))}"
+        )
+    module, name = SUPPORTED[kind].split(":")
+    adapter: type[Any] = getattr(importlib.import_module(module), name)
+    family: Family = adapter(model)
+    return family

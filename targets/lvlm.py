@@ -1,0 +1,212 @@
+"""A large vision-language model under test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from targets import loading
+from targets.base import ImageView, Knowledge
+from targets.compression.base import Compressor, Selection
+from targets.compression.session import compress
+from targets.compression.trace import Forced
+from targets.errors import TargetError
+from targets.families import family_of
+from targets.passes import Passes
+from targets.preprocessing import Preprocessor
+from targets.prompts import PromptBook
+from targets.views import make_view
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Answers to a batch.
+
+    Attributes:
+        texts: B answers without special tokens and surrounding space.
+        kept: bool ``[B, V]``, tokens kept at prefill; None without a compressor. For VisionZip
+            these are the dominant ones.
+        score: ``[B, V]``, what they were chosen by; None without a compressor.
+        seconds: wall time of the whole batch.
+        selection: B selections that `LVLM.answer` takes back as `kept`; None without a compressor.
+    """
+
+    texts: tuple[str, ...]
+    kept: Tensor | None
+    score: Tensor | None
+    seconds: float
+    selection: tuple[Selection, ...] | None = None
+
+
+class LVLM:
+    """A loaded model: answers, option scores, and the views an attack may have of it.
+
+    Use `LVLM.load`, or give a model and a processor that are already in memory.
+
+    Args:
+        model: of a supported family; its weights are frozen and it is put into evaluation mode.
+        processor: the model's own.
+        identity: what exactly was loaded.
+
+    Raises:
+        TargetError: if the family is not supported, or processor and model disagree.
+    """
+
+    capabilities: frozenset[str] = frozenset(
+        {"gradients", "visual_tokens", "option_scores", "generate"}
+    )
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        processor: Any,  # noqa: ANN401
+        identity: dict[str, str] | None = None,
+    ) -> None:
+        model.eval().requires_grad_(False)
+        family = family_of(model)
+        preprocess = Preprocessor.of(processor.image_processor)
+        if preprocess.size != family.image_size:
+            raise TargetError(
+                f"the processor makes {preprocess.size} pictures, the vision tower takes "
+                f"{family.image_size}; load the processor that belongs to the model"
+            )
+        prompts = PromptBook(processor, family.image_token_id, family.tokens, family.device)
+        self._passes = Passes(family, preprocess, prompts)
+        self._tokenizer = processor.tokenizer
+        self.identity: dict[str, str] = dict(identity or {"class": type(model).__name__})
+        self.grid = family.grid
+        self.image_size = family.image_size
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        attn_implementation: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> LVLM:
+        """Load a checkpoint; safetensors only.
+
+        Args:
+            source: local folder or hub id.
+            revision: commit, tag or branch of a hub id.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+            dtype: ``float32``, ``bfloat16`` or ``float16``.
+            attn_implementation: ``auto`` (flash_attention_2 where it runs, else sdpa), ``eager``,
+                ``sdpa`` or ``flash_attention_2``.
+            trust_remote_code: run code that comes with the checkpoint; off unless asked for.
+
+        Raises:
+            TargetError: if it cannot be loaded as asked; the message says why.
+        """
+        place, kind = loading.resolve_device(device), loading.resolve_dtype(dtype)
+        attention = loading.resolve_attention(attn_implementation, place, kind)
+        model, processor = loading.load(
+            source,
+            revision=revision,
+            device=place,
+            dtype=kind,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(model, processor, loading.identity(source, model, revision))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._passes.family.device
+
+    @property
+    def tokens(self) -> int:
+        """V, visual tokens of one image."""
+        return self._passes.family.tokens
+
+    def answer(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        *,
+        compressor: Compressor | None = None,
+        kept: Forced = None,
+        seeds: Sequence[int] | None = None,
+        max_new_tokens: int = 16,
+    ) -> Answered:
+        """Answer one question about each image, greedily.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B texts.
+            compressor: what drops visual tokens; None for none.
+            kept: a selection to impose instead of the compressor's own, bool ``[B, V]`` or the
+                `selection` of an earlier answer. With a bool set VisionZip merges the other tokens
+                by its own rule on *these* images; a `Selection` brings its assignment along.
+            seeds: one per sample, for compressors that draw.
+            max_new_tokens: most tokens of an answer, ≥ 1.
+
+        Raises:
+            TargetError: on shapes that do not fit, or `kept` without a compressor.
+        """
+        if kept is not None and compressor is None:
+            raise TargetError("kept forces a compressor's selection; name the compressor too")
+        started = time.perf_counter()
+        session = None
+        if compressor is not None:
+            family = self._passes.family
+            session = compress(family.model, compressor, family=family, kept=kept, seeds=seeds)
+        with torch.no_grad():
+            ids = self._passes.generate(images, questions, session, max_new_tokens)
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = tuple(text.strip() for text in texts)
+        seconds = time.perf_counter() - started
+        if session is None or session.trace.selection is None:
+            return Answered(texts, None, None, seconds)
+        selection = session.trace.selection
+        rows = tuple(selection.row(index) for index in range(len(texts)))
+        return Answered(texts, selection.kept, session.trace.score, seconds, rows)
+
+    def option_scores(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        options: Sequence[str],
+        *,
+        compressor: Compressor | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Tensor:
+        """How likely each option is as the whole answer, end token included.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B texts.
+            options: answers to compare; the same for all samples.
+            compressor: what drops visual tokens; None for none.
+            seeds: one per sample, for compressors that draw.
+
+        Returns:
+            Log-probabilities ``[B, options]``.
+        """
+        with torch.no_grad():
+            return self._passes.option_scores(images, questions, options, compressor, seeds)
+
+    def view(self, knowledge: Knowledge, compressor: Compressor | None = None) -> ImageView:
+        """What an attacker with this knowledge may use; anything else raises `KnowledgeError`.
+
+        Args:
+            knowledge: the attack's.
+            compressor: the one in use, if the attacker knows it. Without it a white-box view has
+                no `rank` and no compressed path.
+
+        Raises:
+            KnowledgeError: for knowledge under which nothing of this model is granted, or
+                ``compressed`` without a compressor.
+        """
+        return make_view(self._passes, Knowledge(knowledge), compressor)

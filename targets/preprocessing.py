@@ -1,0 +1,289 @@
+"""The image processor as a differentiable function of images in [0, 1].
+
+Resampling is done as PIL does it: separable, horizontal first, antialiased, rounded to 8 bits after
+each direction. The rounding passes gradients straight through. Images that already have the model's
+size are not resampled at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from targets.errors import TargetError
+
+
+def _sinc(x: float) -> float:
+    return 1.0 if x == 0 else math.sin(math.pi * x) / (math.pi * x)
+
+
+def _bicubic(x: float) -> float:
+    x, a = abs(x), -0.5
+    if x < 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+_FILTERS: Final[dict[int, tuple[str, float, Callable[[float], float]]]] = {
+    1: ("lanczos", 3.0, lambda x: _sinc(x) * _sinc(x / 3) if abs(x) < 3 else 0.0),
+    2: ("bilinear", 1.0, lambda x: max(0.0, 1 - abs(x))),
+    3: ("bicubic", 2.0, _bicubic),
+    4: ("box", 0.5, lambda x: 1.0 if -0.5 < x <= 0.5 else 0.0),
+    5: (
+        "hamming",
+        1.0,
+        lambda x: _sinc(x) * (0.54 + 0.46 * math.cos(math.pi * x)) if abs(x) < 1 else 0.0,
+    ),
+}
+"""PIL's resampling codes: name, support and kernel."""
+
+
+@functools.lru_cache(maxsize=64)
+def resampling_matrix(size: int, wanted: int, resample: int) -> Tensor:
+    """Weights ``[wanted, size]`` of PIL's resampling along one direction; rows sum to 1.
+
+    Args:
+        size: pixels there are.
+        wanted: pixels to make.
+        resample: PIL's code (1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming).
+
+    Raises:
+        TargetError: for another code.
+    """
+    if resample not in _FILTERS:
+        raise TargetError(
+            f"resample code {resample} of the image processor is not supported; supported: "
+            f"{', '.join(f'{code} ({entry[0]})' for code, entry in _FILTERS.items())}"
+        )
+    _, support, kernel = _FILTERS[resample]
+    scale = size / wanted
+    stretch = max(scale, 1.0)
+    reach = support * stretch
+    weights = torch.zeros(wanted, size, dtype=torch.float64)
+    for row in range(wanted):
+        centre = (row + 0.5) * scale
+        first = max(0, int(centre - reach + 0.5))
+        last = min(size, int(centre + reach + 0.5))
+        for column in range(first, last):
+            weights[row, column] = kernel((column - centre + 0.5) / stretch)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def round_levels(levels: Tensor) -> Tensor:
+    """Round to whole levels in [0, 255]; the gradient passes straight through."""
+    rounded = (levels + 0.5).floor().clamp(0, 255)
+    return levels + (rounded - levels).detach()
+
+
+def resize(images: Tensor, size: tuple[int, int], resample: int, *, rounded: bool) -> Tensor:
+    """Resample images ``[B, 3, H, W]`` given in levels 0 … 255 to ``[B, 3, *size]``.
+
+    Args:
+        images: float levels.
+        size: height and width wanted.
+        resample: PIL's code.
+        rounded: round to whole levels after each direction, as PIL does.
+    """
+    height, width = images.shape[-2:]
+    if width != size[1]:
+        across = resampling_matrix(width, size[1], resample).to(images)
+        images = images @ across.T
+        images = round_levels(images) if rounded else images
+    if height != size[0]:
+        down = resampling_matrix(height, size[0], resample).to(images)
+        images = down @ images
+        images = round_levels(images) if rounded else images
+    return images
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a picture of one size reaches the model.
+
+    Attributes:
+        pad: pixels added left/right and top/bottom before resampling: (top, bottom, left, right).
+        resized: height and width after resampling.
+        crop: offset of the crop (top, left) in the resampled picture; negative means padding.
+    """
+
+    pad: tuple[int, int, int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessor:
+    """A CLIP- or LLaVA-style image processor on tensors.
+
+    Attributes:
+        size: what the model takes, height and width.
+        shortest_edge: length the shorter edge is resampled to; None for exactly `resize_to`.
+        resize_to: height and width resampled to, where there is no shortest edge; None for no
+            resampling.
+        crops: whether the centre is cut out.
+        pads_square: whether pictures are padded to squares first.
+        resample: PIL's code.
+        scale: factor on levels 0 … 255.
+        mean: of each channel, after scaling.
+        std: of each channel.
+        rounded: round resampled pictures to 8 bits, as the real processor does.
+    """
+
+    size: tuple[int, int]
+    shortest_edge: int | None
+    resize_to: tuple[int, int] | None
+    crops: bool
+    pads_square: bool
+    resample: int
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rounded: bool = True
+
+    @classmethod
+    def of(cls, processor: Any, *, rounded: bool = True) -> Preprocessor:  # noqa: ANN401
+        """Read the settings of a real image processor.
+
+        Args:
+            processor: a CLIP or LLaVA image processor of transformers.
+            rounded: see the attribute.
+
+        Raises:
+            TargetError: for settings this preprocessor has no meaning for.
+        """
+        edges = _sizes(processor.size) if processor.do_resize else {}
+        crop = _sizes(processor.crop_size) if processor.do_center_crop else {}
+        shortest = edges.get("shortest_edge")
+        exact = (edges["height"], edges["width"]) if "height" in edges else None
+        size = (crop["height"], crop["width"]) if "height" in crop else exact
+        if size is None or (shortest is not None and not crop):
+            raise TargetError(
+                f"image processor {type(processor).__name__}: size {processor.size} with "
+                f"do_center_crop {processor.do_center_crop} gives pictures of varying size; "
+                "supported are a centre crop, or a fixed height and width"
+            )
+        channels = 3
+        normalise = bool(processor.do_normalize)
+        return cls(
+            size=size,
+            shortest_edge=shortest,
+            resize_to=exact,
+            crops=bool(crop),
+            pads_square=bool(getattr(processor, "do_pad", False)),
+            resample=int(processor.resample),
+            scale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
+            mean=tuple(processor.image_mean) if normalise else (0.0,) * channels,
+            std=tuple(processor.image_std) if normalise else (1.0,) * channels,
+            rounded=rounded,
+        )
+
+    def geometry(self, size: tuple[int, int]) -> Geometry:
+        """How pictures of this height and width are padded, resampled and cropped."""
+        height, width = size
+        pad = (0, 0, 0, 0)
+        if self.pads_square and height != width:
+            side = max(height, width)
+            top, left = (side - height) // 2, (side - width) // 2
+            pad = (top, side - height - top, left, side - width - left)
+            height = width = side
+        resized = (height, width)
+        if self.resize_to is not None:
+            resized = self.resize_to
+        elif self.shortest_edge is not None:
+            short, long = min(height, width), max(height, width)
+            longer = int(self.shortest_edge * long / short)
+            edge = self.shortest_edge
+            resized = (longer, edge) if width <= height else (edge, longer)
+        if not self.crops:
+            return Geometry(pad, resized, (0, 0))
+        top, left = (
+            (have - want) // 2 if have >= want else -math.ceil((want - have) / 2)
+            for have, want in zip(resized, self.size, strict=True)
+        )
+        return Geometry(pad, resized, (top, left))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised input of the vision tower.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1], any height and width.
+
+        Returns:
+            ``[B, 3, *size]``, differentiable in `images`.
+
+        Raises:
+            TargetError: for another shape.
+        """
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise TargetError(
+                f"images are {list(images.shape)}; expected [B, 3, H, W], RGB in [0, 1]"
+            )
+        here = (images.shape[-2], images.shape[-1])
+        if here != self.size or self.geometry(here) != Geometry((0, 0, 0, 0), here, (0, 0)):
+            images = self._reshape(images * 255, self.geometry(here)) / 255
+        mean = images.new_tensor(self.mean)[:, None, None]
+        std = images.new_tensor(self.std)[:, None, None]
+        factor = 255 * self.scale
+        scaled = images if abs(factor - 1) < 1e-9 else images * factor
+        return (scaled - mean) / std
+
+    def _reshape(self, levels: Tensor, how: Geometry) -> Tensor:
+        top, bottom, left, right = how.pad
+        if any(how.pad):
+            # The background is the mean colour in whole levels, as in the real processor.
+            colour = levels.new_tensor([float(int(value * 255)) for value in self.mean])
+            padded = torch.nn.functional.pad(levels, (left, right, top, bottom))
+            outside = torch.nn.functional.pad(
+                torch.zeros_like(levels[:1, :1]), (left, right, top, bottom), value=1.0
+            )
+            levels = padded + outside * colour[:, None, None]
+        levels = resize(levels, how.resized, self.resample, rounded=self.rounded)
+        if not self.crops:
+            return levels
+        (top, left), (height, width) = how.crop, self.size
+        # Negative padding crops; positive padding is black, as in the real processor.
+        bottom = height - how.resized[0] + top
+        right = width - how.resized[1] + left
+        return torch.nn.functional.pad(levels, (-left, right, -top, bottom))
+
+    def source_pixels(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pixels of a picture of `size` that tokens cover.
+
+        Args:
+            tokens: float ``[B, 1, rows, columns]`` on the token grid.
+            size: height and width of the picture before preprocessing.
+
+        Returns:
+            ``[B, 1, *size]``; pixels that are cropped away are 0.
+        """
+        how = self.geometry(size)
+        rows, row_inside = self._axis(how, size, 0, tokens.shape[2])
+        columns, column_inside = self._axis(how, size, 1, tokens.shape[3])
+        found = tokens[:, :, rows.to(tokens.device)][:, :, :, columns.to(tokens.device)]
+        inside = row_inside[:, None] & column_inside[None]
+        return found * inside.to(tokens)
+
+    def _axis(
+        self, how: Geometry, size: tuple[int, int], axis: int, cells: int
+    ) -> tuple[Tensor, Tensor]:
+        """For each pixel of the picture along an axis, its token and whether it has one."""
+        padded = size[axis] + how.pad[2 * axis] + how.pad[2 * axis + 1]
+        centres = torch.arange(size[axis], dtype=torch.float64) + how.pad[2 * axis] + 0.5
+        place = centres * how.resized[axis] / padded - how.crop[axis]
+        inside = (place >= 0) & (place < self.size[axis])
+        return (place * cells / self.size[axis]).long().clamp(0, cells - 1), inside
+
+
+def _sizes(size: Any) -> dict[str, int]:  # noqa: ANN401 - a dict or a SizeDict of transformers
+    found = {}
+    for name in ("shortest_edge", "height", "width"):
+        value = size.get(name) if isinstance(size, dict) else getattr(size, name, None)
+        if value is not None:
+            found[name] = int(value)
+    return found

@@ -1,0 +1,183 @@
+"""Prompts as token ids, made once per text and remembered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from targets.errors import TargetError
+
+_REMEMBERED = 512
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A batch of prompts, left-padded.
+
+    Attributes:
+        ids: ``[B, L]``, V placeholders for the image included.
+        mask: ``[B, L]``, 0 for padding.
+        positions: ``[B, L]``, counted from the first real token.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue(Prompt):
+    """Prompts with answers behind them, for teacher forcing.
+
+    The last prompt token of all rows is in one column; answers start behind it and are padded at
+    the right. The last answer token is not part of `ids`, since nothing follows from it.
+
+    Attributes:
+        targets: ``[B, A]`` answer tokens, the end token last.
+        real: bool ``[B, A]``, False for padding.
+    """
+
+    targets: Tensor
+    real: Tensor
+
+
+class PromptBook:
+    """Turns questions and answers into ids the way the model's own processor does.
+
+    Args:
+        processor: with tokenizer and, if it has one, a chat template.
+        image_token_id: the placeholder.
+        tokens: V, placeholders of an image.
+        device: where the tensors go.
+
+    Raises:
+        TargetError: if a template does not place exactly one image, or there is no end token.
+    """
+
+    def __init__(
+        self,
+        processor: Any,  # noqa: ANN401 - transformers is untyped
+        image_token_id: int,
+        tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._processor, self._tokenizer = processor, processor.tokenizer
+        self._image, self._tokens, self._device = image_token_id, tokens, device
+        self._texts: OrderedDict[tuple[str, str | None], tuple[list[int], list[int]]]
+        self._texts = OrderedDict()
+        self._batches: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Dialogue]
+        self._batches = OrderedDict()
+        self._prompts: OrderedDict[tuple[str, ...], Prompt] = OrderedDict()
+        end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        if end is None:
+            raise TargetError("the tokenizer has no end-of-sequence token; answers could not end")
+        self.end = int(end)
+        self.pad = int(end if pad is None else pad)
+
+    def text(self, question: str) -> str:
+        """The prompt of a question as text, with one placeholder for the image."""
+        image = self._processor.image_token
+        if getattr(self._processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            text = str(
+                self._processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True
+                )
+            )
+        else:
+            text = f"{image} {question}"
+        if text.count(image) != 1:
+            raise TargetError(
+                f"the prompt {text!r} holds {text.count(image)} image placeholders {image!r}; "
+                "exactly one is needed (is the placeholder part of the question?)"
+            )
+        return text
+
+    def prompt(self, questions: Sequence[str]) -> Prompt:
+        """Prompts of a batch of questions, left-padded."""
+        key = tuple(questions)
+        found = self._prompts.get(key)
+        if found is None:
+            found = self._pad([self._encode(question, None)[0] for question in key])
+            _remember(self._prompts, key, found)
+        return found
+
+    def dialogue(self, questions: Sequence[str], answers: Sequence[str]) -> Dialogue:
+        """Prompts of a batch with their answers, end tokens included.
+
+        Raises:
+            TargetError: if there is not one answer a question.
+        """
+        key = tuple(questions), tuple(answers)
+        found = self._batches.get(key)
+        if found is None:
+            if len(questions) != len(answers):
+                raise TargetError(f"{len(questions)} questions with {len(answers)} answers")
+            found = self._join(*key)
+            _remember(self._batches, key, found)
+        return found
+
+    def _join(self, questions: tuple[str, ...], answers: tuple[str, ...]) -> Dialogue:
+        prompt = self.prompt(questions)
+        pairs = zip(questions, answers, strict=True)
+        rows = [self._encode(question, answer)[1] for question, answer in pairs]
+        width = max(map(len, rows))
+        filled = [row + [self.pad] * (width - len(row)) for row in rows]
+        targets = torch.tensor(filled, device=self._device)
+        lengths = torch.tensor([len(row) for row in rows], device=self._device)
+        real = torch.arange(width, device=self._device) < lengths[:, None]
+        mask = torch.cat([prompt.mask, real[:, 1:].long()], 1)
+        ids = torch.cat([prompt.ids, targets[:, :-1]], 1)
+        return Dialogue(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), targets, real)
+
+    def _pad(self, rows: list[list[int]]) -> Prompt:
+        width = max(map(len, rows))
+        ids = torch.tensor(
+            [[self.pad] * (width - len(row)) + row for row in rows], device=self._device
+        )
+        lengths = torch.tensor([len(row) for row in rows], device=self._device)
+        real = torch.arange(width, device=self._device) >= width - lengths[:, None]
+        mask = real.long()
+        return Prompt(ids, mask, (mask.cumsum(1) - 1).clamp_min(0))
+
+    def _encode(self, question: str, answer: str | None) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and of its answer with the end token."""
+        found = self._texts.get((question, answer))
+        if found is None:
+            text = self.text(question)
+            prompt = self._ids(text)
+            reply: list[int] = []
+            if answer is not None:
+                # A tokenizer may join across the border, so the answer is read off the whole.
+                space = "" if text[-1:].isspace() else " "
+                whole = self._ids(f"{text}{space}{answer}")
+                fits = whole[: len(prompt)] == prompt
+                alone = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+                reply = [*(whole[len(prompt) :] if fits else alone), self.end]
+            found = self._expand(prompt), reply
+            _remember(self._texts, (question, answer), found)
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        begin = self._tokenizer.bos_token
+        special = not (begin is not None and text.startswith(begin))
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        # Tokenizers that append an end token would end the prompt before the answer.
+        return ids[:-1] if ids and ids[-1] == self.end else ids
+
+    def _expand(self, ids: list[int]) -> list[int]:
+        place = ids.index(self._image)
+        return [*ids[:place], *[self._image] * self._tokens, *ids[place + 1 :]]
+
+
+def _remember(shelf: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> None:
+    shelf[key] = value
+    if len(shelf) > _REMEMBERED:
+        shelf.popitem(last=False)
