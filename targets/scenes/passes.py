@@ -19,9 +19,10 @@ from targets.scenes.packing import IGNORE, Packed
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-Drop = Literal["none", "evidence", "cls", "random", "ranked", "random_late"]
-"""How visual tokens are dropped: before the LLM by objects + random, by CLS rank or at random; or
-at layer `late` by the ranking attention or at random."""
+Drop = Literal["none", "evidence", "cls", "random", "merged", "ranked", "random_late"]
+"""How visual tokens are dropped: before the LLM by objects + random, by CLS rank, at random, or by
+CLS rank with the rest merged (CLS first, contiguous positions: the input VisionZip makes); or at
+layer `late` by the ranking attention or at random."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,23 @@ def pixels(images: Tensor) -> Tensor:
     return (x - mean) / std
 
 
-def see(model: LlavaForConditionalGeneration, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Vision tower: hidden states ``[B, 1 + V, D]`` and last-layer CLS attention ``[B, V]``."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the vision tower gives.
+
+    Attributes:
+        hidden: output of the last layer, ``[B, 1 + V, D]``, CLS first.
+        cls: head-mean CLS attention of that layer to the patches, ``[B, V]``.
+        keys: head-mean keys of that layer, ``[B, V, E]``.
+    """
+
+    hidden: Tensor
+    cls: Tensor
+    keys: Tensor
+
+
+def see(model: LlavaForConditionalGeneration, images: Tensor) -> Seen:
+    """Run the vision tower on uint8 or [0, 1] images ``[B, 3, 96, 96]``."""
     tower = model.model.vision_tower
     hidden = tower.pre_layrnorm(tower.embeddings(pixels(images)))
     for layer in tower.encoder.layers[:-1]:
@@ -54,7 +70,7 @@ def see(model: LlavaForConditionalGeneration, images: Tensor) -> tuple[Tensor, T
     q = attention.q_proj(normed[:, :1]).view(split).transpose(1, 2)
     k = attention.k_proj(normed).view(split).transpose(1, 2)
     row = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean(1)[:, 0, 1:]
-    return last(hidden, None), row
+    return Seen(last(hidden, None), row, k.mean(1)[:, 1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +81,7 @@ class Read:
         logits: next-token logits of the text, ``[B, PACK, vocabulary]``.
         ranking: head-mean attention of each question's last prompt token to the visual tokens that
             reached layer late - 1, ``[B, QUESTIONS, V']``, over all keys it may see.
-        kept: which visual tokens reached that layer, ``[B, V']``.
+        kept: which visual tokens reached that layer, ``[B, V']``; -1 for CLS and mixtures.
     """
 
     logits: Tensor
@@ -75,22 +91,27 @@ class Read:
 
 def read(
     model: LlavaForConditionalGeneration,
-    features: Tensor,
-    cls: Tensor,
+    seen: Seen,
     batch: Packed,
     options: Options,
     late: int,
     generator: torch.Generator,
 ) -> Read:
     """Language model over a packed batch, see the module's text and `Options`."""
-    kept = _choose(cls, batch, options, generator)
+    kept = _choose(seen.cls, batch, options, generator)
     text_model = model.model.language_model
-    image = model.model.multi_modal_projector(features[:, 1:])
-    image = image.gather(1, kept[..., None].expand(-1, -1, image.shape[-1]))
+    if options.drop == "merged":
+        features, kept = _merge(seen, options.keep)
+        places = torch.arange(options.keep, device=kept.device).expand_as(kept)
+        text_places = batch.positions - (world.GRID**2 - options.keep)
+    else:
+        features = seen.hidden[:, 1:].gather(1, _wide(kept, seen.hidden.shape[-1]))
+        places, text_places = kept, batch.positions
+    image = model.model.multi_modal_projector(features)
     start = text_model.embed_tokens(torch.ones_like(kept[:, :1]))
     text = text_model.embed_tokens(batch.tokens)
     hidden = torch.cat([start, image, text], dim=1)
-    positions = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1, batch.positions], dim=1)
+    positions = torch.cat([torch.zeros_like(kept[:, :1]), places + 1, text_places], dim=1)
     rotary = text_model.rotary_emb(hidden, positions)
     visible = _visible(batch.block, kept.shape[1])
     early = _block_reading(visible, kept.shape[1]) if options.blocked else visible
@@ -116,9 +137,8 @@ def answer_loss(logits: Tensor, batch: Packed) -> Tensor:
 
 def ranking_loss(reading: Read, batch: Packed) -> Tensor:
     """-log of the ranking attention's mass on the evidence, over questions that have evidence."""
-    evidence = batch.evidence.gather(
-        2, reading.kept[:, None].expand(-1, batch.evidence.shape[1], -1)
-    )
+    places = reading.kept[:, None].expand(-1, batch.evidence.shape[1], -1)
+    evidence = batch.evidence.gather(2, places.clamp(min=0)) & (places >= 0)
     mass = (reading.ranking * evidence).sum(-1)
     asked = (batch.asks >= 0) & evidence.any(-1)
     return -(mass[asked] + 1e-6).log().mean()
@@ -148,6 +168,34 @@ def _choose(cls: Tensor, batch: Packed, options: Options, generator: torch.Gener
     else:
         priority = noise
     return priority.topk(options.keep, dim=1).indices.sort(dim=1).values
+
+
+def _wide(index: Tensor, width: int) -> Tensor:
+    return index[..., None].expand(-1, -1, width)
+
+
+def _merge(seen: Seen, keep: int) -> tuple[Tensor, Tensor]:
+    """CLS, the dominant tokens in raster order, and mixtures of the rest, 10 of 64 of them."""
+    patches = seen.hidden[:, 1:]
+    batch, count, width = patches.shape
+    mixed = round(keep * 10 / 64)
+    order = seen.cls.detach().argsort(dim=1, descending=True, stable=True)
+    dominant = order[:, : keep - mixed - 1].sort(dim=1).values
+    rest = order[:, keep - mixed - 1 :].sort(dim=1).values
+    targets = rest[:, :: rest.shape[1] // mixed][:, :mixed]
+    keys = nn.functional.normalize(seen.keys.detach(), dim=-1)
+    chosen = keys.gather(1, _wide(targets, keys.shape[-1]))
+    member = nn.functional.one_hot((keys @ chosen.transpose(1, 2)).argmax(2), mixed).float()
+    # Dominant tokens and the targets themselves are merged into nothing.
+    taken = torch.zeros(batch, count, device=patches.device)
+    taken = taken.scatter(1, torch.cat([dominant, targets], dim=1), 1.0)
+    member = (member * (1 - taken)[..., None]).transpose(1, 2)
+    mean = member @ patches / member.sum(2, keepdim=True).clamp_min(1)
+    mixture = patches.gather(1, _wide(targets, width)) + mean
+    own = patches.gather(1, _wide(dominant, width))
+    features = torch.cat([seen.hidden[:, :1], own, mixture], dim=1)
+    unknown = torch.full_like(targets, -1)
+    return features, torch.cat([unknown[:, :1], dominant, unknown], dim=1)
 
 
 def _visible(block: Tensor, image_tokens: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Train a scenes LVLM from nothing: ``python -m targets.scenes.train --out DIR``.
 
-Two stages. *Vision*: the tower learns to name shape, colour and character of every patch, and CLS
+Three stages. *Vision*: the tower learns to name shape, colour and character of every patch, and CLS
 to list what is there; it stands in for CLIP pre-training and makes CLS attention meaningful.
 *Joint*: the whole LVLM learns to answer, with
 
@@ -12,6 +12,8 @@ to list what is there; it stands in for CLIP pre-training and makes CLS attentio
   has to be taught;
 - *token drop*: batches with fewer visual tokens, chosen around the objects, by CLS rank, or by the
   ranking attention at layer K, so that answers do not depend on how much background there is.
+
+*Adapt*: a short last stage adds pictures whose tokens are merged and renumbered as VisionZip does.
 
 All of it is training only; the checkpoint is a plain `LlavaForConditionalGeneration`.
 """
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 EVALUATIONS: Final[dict[str, passes.Options]] = {
     "full": passes.Options(),
     "cls 25%": passes.Options(36, "cls"),
+    "merged 25%": passes.Options(36, "merged"),
     "random 25%": passes.Options(36, "random"),
     "random at K 25%": passes.Options(36, "random_late"),
 }
@@ -59,6 +62,9 @@ class Recipe:
         joint_steps: length of the joint stage.
         vision_lr: peak learning rate of the vision stage.
         joint_lr: peak learning rate of the joint stage.
+        adapt_steps: length of the last stage.
+        adapt_lr: peak learning rate of the last stage.
+        merged: share of its batches with contiguous positions and merged tokens.
         blocked: probability that a batch may not read the image early.
         ranking: weight of the attention supervision.
         dense: weight of the patch labels in the joint stage; falls to a quarter at its end.
@@ -74,6 +80,9 @@ class Recipe:
     joint_steps: int = 8_000
     vision_lr: float = 1e-3
     joint_lr: float = 1e-3
+    adapt_steps: int = 1_500
+    adapt_lr: float = 3e-4
+    merged: float = 0.4
     blocked: float = 0.9
     ranking: float = 0.3
     dense: float = 0.4
@@ -147,8 +156,8 @@ class Trainer:
         parameters = [*tower.parameters(), *self.heads.parameters()]
 
         def step(batch: Packed, _: float) -> tuple[Tensor, dict[str, float]]:
-            hidden, _row = passes.see(self.model, self._augment(batch.images))
-            return self.heads(hidden, batch.patches)
+            seen = passes.see(self.model, self._augment(batch.images))
+            return self.heads(seen.hidden, batch.patches)
 
         self._run("vision", parameters, self.recipe.vision_steps, self.recipe.vision_lr, step)
         self.save()
@@ -158,20 +167,48 @@ class Trainer:
         recipe = self.recipe
 
         def step(batch: Packed, progress: float) -> tuple[Tensor, dict[str, float]]:
-            hidden, cls = passes.see(self.model, self._augment(batch.images))
+            seen = passes.see(self.model, self._augment(batch.images))
             options = self._options(progress)
             reading = passes.read(
-                self.model, hidden, cls, batch, options, recipe.shape.late, self.generator
+                self.model, seen, batch, options, recipe.shape.late, self.generator
             )
             answer = passes.answer_loss(reading.logits, batch)
             ranking = passes.ranking_loss(reading, batch)
-            dense, report = self.heads(hidden, batch.patches)
+            dense, report = self.heads(seen.hidden, batch.patches)
             loss = answer + recipe.ranking * ranking + recipe.dense * (1 - 0.75 * progress) * dense
             report |= {"answer": answer.item(), "ranking": ranking.item()}
             return loss, report
 
         parameters = [*self.model.parameters(), *self.heads.parameters()]
         self._run("joint", parameters, recipe.joint_steps, recipe.joint_lr, step)
+
+    def adapt(self) -> None:
+        """Stage 3: the same, with contiguous positions and merged tokens among the ways to drop.
+
+        Starts from the saved checkpoint, so that it can be run by itself and gives the same result.
+        """
+        from transformers import LlavaForConditionalGeneration
+
+        recipe = self.recipe
+        self.generator.manual_seed(recipe.seed + 1)
+        self.model = LlavaForConditionalGeneration.from_pretrained(self.out, dtype=torch.float32)
+        self.model.to(self.device).train()
+
+        def step(batch: Packed, _: float) -> tuple[Tensor, dict[str, float]]:
+            seen = passes.see(self.model, self._augment(batch.images))
+            options = self._options(1.0)
+            if self._chance() < recipe.merged:
+                keep = (24, 36, 36, 48, 72)[int(self._chance() * 5)]
+                options = passes.Options(keep, "merged", options.blocked)
+            reading = passes.read(
+                self.model, seen, batch, options, recipe.shape.late, self.generator
+            )
+            answer = passes.answer_loss(reading.logits, batch)
+            ranking = passes.ranking_loss(reading, batch)
+            report = {"answer": answer.item(), "ranking": ranking.item()}
+            return answer + recipe.ranking * ranking, report
+
+        self._run("adapt", [*self.model.parameters()], recipe.adapt_steps, recipe.adapt_lr, step)
 
     def _options(self, progress: float) -> passes.Options:
         """How this batch is dropped and blocked; short sequences first, full ones last."""
@@ -232,7 +269,7 @@ class Trainer:
             if (i + 1) % 100 == 0:
                 self.log(stage=stage, step=i + 1, **{k: round(v / 100, 4) for k, v in sums.items()})
                 sums = {}
-            if stage == "joint" and ((i + 1) % 1000 == 0 or i + 1 == steps):
+            if stage != "vision" and ((i + 1) % 1000 == 0 or i + 1 == steps):
                 self.log(stage=stage, step=i + 1, validation=self.evaluate())
                 self.save()
 
@@ -248,9 +285,9 @@ class Trainer:
                 batch = self.validation.take(
                     torch.arange(i, min(i + 32, len(self.validation))), self.device
                 )
-                hidden, cls = passes.see(self.model, batch.images)
+                seen = passes.see(self.model, batch.images)
                 late = self.recipe.shape.late
-                reading = passes.read(self.model, hidden, cls, batch, options, late, generator)
+                reading = passes.read(self.model, seen, batch, options, late, generator)
                 ok = passes.correct(reading.logits, batch).cpu()
                 for kind in range(len(world.KINDS)):
                     asked = batch.kinds.cpu() == kind
@@ -301,6 +338,8 @@ def draw(count: int, workers: int) -> Packed:
     return packing.concatenate(parts)
 
 
+STAGES: Final = ("vision", "joint", "adapt")
+
 PRESETS: Final[dict[str, Recipe]] = {
     "scenes-a": Recipe(),
     "scenes-b": Recipe(
@@ -323,8 +362,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     recipe = PRESETS[arguments.preset]
     trainer = Trainer(recipe, draw(recipe.scenes, 2), arguments.out, arguments.device)
-    trainer.vision()
-    trainer.joint()
+    for stage in STAGES:
+        if stage in arguments.stages:
+            getattr(trainer, stage)()
 
 
 if __name__ == "__main__":
