@@ -24,6 +24,7 @@ from attacks.seeds import SeedBank
 from targets.base import Batch, Knowledge, Ranking, WhiteBoxView
 
 _PRESERVE = {"paper": 0.0, "strict_preserve": 1.0}
+_GROUP = {"paper": "kept", "strict_preserve": "dropped"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +45,18 @@ class CAA(Attack):
     model up to where the compressor ranks; with L_pres the whole model.
 
     Args:
-        preset: ``paper`` (w_p = 0) or ``strict_preserve`` (w_p = 1); `preserve_weight` overrides.
+        preset: ``paper`` (w_p = 0, group ``kept``) or ``strict_preserve`` (w_p = 1, group
+            ``dropped``: with L_pres guarding the full path, P need not be small);
+            `preserve_weight` and `group` override.
         region: pixels that may move: ``low`` those of P; ``full_image`` all, the same loss
             (CAA-Full); ``most_important`` those of the m most important tokens, whose content is
             erased while they are held above the rest (Most-Only).
         ranking: ``bpr``, or ``score_gap``, the difference of mean log-scores; it never saturates.
         intra: where L_intra acts: in P (``promoted``), in P and R (``both``), or ``none``.
-        promote: m, a count of tokens; None is min(K, V − K), the kept count K being known, or
-            min(2K, V − K) if `retention_known` is off.
-        retention_known: whether the attacker knows how many tokens are kept.
+        group: rule for m from the number K of kept tokens, never above V − K: ``kept`` is K, just
+            enough to fill the selection; ``twice_kept`` is 2K, for an attacker unsure of K;
+            ``dropped`` is V − K, all that the compressor drops; None takes the preset's.
+        promote: m itself, a count of tokens; None follows `group`.
         tau: score gap that counts as settled, > 0.
         intra_weight: gamma, ≥ 0.
         query_weight: w_q, ≥ 0; without effect where the score is not attention, which is noted.
@@ -84,8 +88,8 @@ class CAA(Attack):
     region: Literal["low", "full_image", "most_important"] = "low"
     ranking: Literal["bpr", "score_gap"] = "bpr"
     intra: Literal["promoted", "both", "none"] = "promoted"
+    group: Literal["kept", "twice_kept", "dropped"] | None = None
     promote: Annotated[int, Ge(1)] | None = None
-    retention_known: bool = True
     tau: Annotated[float, Gt(0)] = 1.0
     intra_weight: Annotated[float, Ge(0)] = 1.0
     query_weight: Annotated[float, Ge(0)] = 1.0
@@ -103,6 +107,11 @@ class CAA(Attack):
     def preservation(self) -> float:
         """w_p, with the preset resolved."""
         return _PRESERVE[self.preset] if self.preserve_weight is None else self.preserve_weight
+
+    @property
+    def group_rule(self) -> str:
+        """The rule for m, with the preset resolved."""
+        return _GROUP[self.preset] if self.group is None else self.group
 
     @property
     def needs(self) -> Knowledge:
@@ -206,15 +215,16 @@ class _Objective:
 def promoted_tokens(attack: CAA, ranking: Ranking) -> Tensor:
     """P as bool ``[B, V]``: the m least important clean tokens, or the m most important.
 
-    m is `promote`, or follows from the number of kept tokens of each sample; at least 1 token is
-    promoted and at least 1 is not, so that there is an order to change.
+    m is `promote`, or follows by `group` from the number of tokens each sample keeps; at least 1
+    token is promoted and at least 1 is not, so that there is an order to change.
     """
     tokens = ranking.score.shape[1]
     kept = ranking.kept.sum(1)  # [B]
     if attack.promote is not None:
         count = torch.full_like(kept, attack.promote)
     else:
-        count = torch.minimum(kept if attack.retention_known else 2 * kept, tokens - kept)
+        wanted = {"kept": kept, "twice_kept": 2 * kept, "dropped": tokens - kept}
+        count = torch.minimum(wanted[attack.group_rule], tokens - kept)
     count = count.clamp(1, max(tokens - 1, 1))
     descending = attack.region == "most_important"
     order = ranking.score.argsort(dim=1, descending=descending, stable=True)

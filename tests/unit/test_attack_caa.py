@@ -41,8 +41,11 @@ def ranking(score: Tensor, kept: int) -> Ranking:
     [
         (CAA(), 3, 3),  # K, known
         (CAA(), 8, 2),  # no more than are dropped
-        (CAA(retention_known=False), 3, 6),  # 2K, unknown
-        (CAA(retention_known=False), 6, 4),
+        (CAA(group="twice_kept"), 3, 6),
+        (CAA(group="twice_kept"), 6, 4),
+        (CAA(group="dropped"), 3, 7),
+        (CAA(preset="strict_preserve"), 3, 7),
+        (CAA(preset="strict_preserve", group="kept"), 3, 3),
         (CAA(promote=5), 3, 5),
         (CAA(promote=50), 3, 9),  # something must be left to rank below
         (CAA(), 10, 1),  # nothing dropped: still one token
@@ -178,7 +181,7 @@ def test_the_recorded_loss_is_the_formula_at_the_saved_image(
         {"tau": 0.2},
         {"preserve_weight": 2.0},
         {"promote": 2},
-        {"retention_known": False},
+        {"group": "dropped"},
     ],
     ids=str,
 )

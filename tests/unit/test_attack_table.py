@@ -38,7 +38,7 @@ ROWS = [
     Row(attacks.CAA(steps=6, preset="strict_preserve", preserve_every=3)),
     Row(attacks.CAA(steps=5, region="full_image", ranking="score_gap", intra="both")),
     Row(attacks.CAA(steps=5, region="most_important", random_start=False), stochastic=False),
-    Row(attacks.CAA(steps=5, retention_known=False, intra="none")),
+    Row(attacks.CAA(steps=5, group="twice_kept", intra="none")),
     Row(attacks.CAA(steps=0), uses_gradient=False),
 ]
 
