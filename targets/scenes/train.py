@@ -355,6 +355,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="scenes-a")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads of the training process"
     )
