@@ -159,9 +159,7 @@ class _Objective:
             ranking, logprobs, _ = self._forward(batch.images, attack.preservation > 0)
         self.clean = _Clean(ranking, promoted_tokens(attack, ranking), logprobs)
         if attack.query_weight > 0 and (ranking.query is None or ranking.keys is None):
-            self.notes.append(
-                "query guidance is off: the score of this compressor is not an attention"
-            )
+            self._note("query guidance is off: the score of this compressor is not an attention")
 
     def __call__(self, images: Tensor, step: int) -> Tensor:
         attack = self.attack
@@ -169,11 +167,17 @@ class _Objective:
             step % attack.preserve_every == 0 or step == self.steps
         )
         ranking, logprobs, positions = self._forward(images, preserve)
+        if images.requires_grad and not ranking.log_score.requires_grad:
+            self._note("the ranking of this compressor ignores the image; only erasure can act")
         loss = self._ranking(ranking) + self._query(ranking) + self._erasure(ranking)
         if logprobs is not None and positions is not None and self.clean.logprobs is not None:
             divergence = answer_divergence(self.clean.logprobs, logprobs, positions)
             loss = loss + attack.preservation * divergence
         return loss
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _forward(
         self, images: Tensor, preserve: bool
