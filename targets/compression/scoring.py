@@ -31,9 +31,9 @@ def attention_row(
         softcap: where the model caps its logits, ``softcap · tanh(logit / softcap)``.
 
     Returns:
-        ``[B, N, L]``, float32, rows sum to 1.
+        ``[B, N, L]``, at least float32, rows sum to 1.
     """
-    logits = (keys @ query.unsqueeze(-1)).squeeze(-1).float() * scaling
+    logits = _precise((keys @ query.unsqueeze(-1)).squeeze(-1)) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
@@ -51,14 +51,19 @@ def received_attention(queries: Tensor, keys: Tensor, scaling: float, chunk: int
         chunk: query rows worked on at a time; bounds the memory, not the result.
 
     Returns:
-        ``[B, N, L]``, float32, rows sum to 1.
+        ``[B, N, L]``, at least float32, rows sum to 1.
     """
     columns = keys.transpose(-1, -2)
     parts = [
-        ((rows @ columns).float() * scaling).softmax(-1).sum(-2)
+        (_precise(rows @ columns) * scaling).softmax(-1).sum(-2)
         for rows in torch.split(queries, chunk, 2)
     ]
     return torch.stack(parts).sum(0) / queries.shape[2]
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """Half precision becomes float32, as in the attention of the models themselves."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def top_k_mask(score: Tensor, count: int) -> Tensor:

@@ -285,6 +285,9 @@ class CompressionSession:
                 "an image in a later part of a cached sequence is not supported; put all images "
                 "into the first call"
             )
+        guards.check_length(
+            self._groups[0].extended(steps).mask, kwargs["past_key_values"], 0, steps
+        )
         groups = {start: group.extended(steps) for start, group in self._groups.items()}
         given = kwargs.get("position_ids")
         positions = self._last[:, None] + 1 + torch.arange(steps, device=embeds.device)
