@@ -7,6 +7,7 @@ the unchanged `LlavaForConditionalGeneration`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -135,13 +136,21 @@ def answer_loss(logits: Tensor, batch: Packed) -> Tensor:
     )
 
 
-def ranking_loss(reading: Read, batch: Packed) -> Tensor:
-    """-log of the ranking attention's mass on the evidence, over questions that have evidence."""
+def ranking_loss(reading: Read, batch: Packed, band: tuple[float, float] | None = None) -> Tensor:
+    """-log of the ranking attention's mass on the evidence, over questions that have evidence.
+
+    With a band (low, high) the log mass is only pulled into it, from below and from above: attention
+    that puts all its mass on the evidence is nothing a large model does, and hard to attack.
+    """
     places = reading.kept[:, None].expand(-1, batch.evidence.shape[1], -1)
     evidence = batch.evidence.gather(2, places.clamp(min=0)) & (places >= 0)
     mass = (reading.ranking * evidence).sum(-1)
     asked = (batch.asks >= 0) & evidence.any(-1)
-    return -(mass[asked] + 1e-6).log().mean()
+    log_mass = (mass[asked] + 1e-6).log()
+    if band is None:
+        return -log_mass.mean()
+    low, high = (math.log(x) for x in band)
+    return ((low - log_mass).relu() + (log_mass - high).relu()).mean()
 
 
 def correct(logits: Tensor, batch: Packed) -> Tensor:

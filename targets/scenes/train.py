@@ -13,7 +13,9 @@ to list what is there; it stands in for CLIP pre-training and makes CLS attentio
 - *token drop*: batches with fewer visual tokens, chosen around the objects, by CLS rank, or by the
   ranking attention at layer K, so that answers do not depend on how much background there is.
 
-*Adapt*: a short last stage adds pictures whose tokens are merged and renumbered as VisionZip does.
+*Adapt*: a short last stage adds pictures whose tokens are merged and renumbered as VisionZip does, and
+relaxes the supervised attention to a band: the joint stage leaves nearly all of its mass on the
+evidence, which no large model does.
 
 All of it is training only; the checkpoint is a plain `LlavaForConditionalGeneration`.
 """
@@ -65,6 +67,7 @@ class Recipe:
         adapt_steps: length of the last stage.
         adapt_lr: peak learning rate of the last stage.
         merged: share of its batches with contiguous positions and merged tokens.
+        band: share of the ranking attention that the last stage leaves on the evidence.
         blocked: probability that a batch may not read the image early.
         ranking: weight of the attention supervision.
         dense: weight of the patch labels in the joint stage; falls to a quarter at its end.
@@ -83,6 +86,7 @@ class Recipe:
     adapt_steps: int = 1_500
     adapt_lr: float = 3e-4
     merged: float = 0.4
+    band: tuple[float, float] = (0.5, 0.7)
     blocked: float = 0.9
     ranking: float = 0.3
     dense: float = 0.4
@@ -204,7 +208,7 @@ class Trainer:
                 self.model, seen, batch, options, recipe.shape.late, self.generator
             )
             answer = passes.answer_loss(reading.logits, batch)
-            ranking = passes.ranking_loss(reading, batch)
+            ranking = passes.ranking_loss(reading, batch, recipe.band)
             report = {"answer": answer.item(), "ranking": ranking.item()}
             return answer + recipe.ranking * ranking, report
 
