@@ -100,7 +100,7 @@ class CAA(Attack):
     alpha: Annotated[float, Gt(0)] | None = None
     restarts: Annotated[int, Ge(1)] = 1
     momentum: Annotated[float, Interval(ge=0, le=1)] = 0.7
-    schedule: Literal["constant", "cosine", "halving"] = "constant"
+    schedule: Literal["constant", "cosine", "halving"] = "cosine"
     random_start: bool = True
 
     @property
