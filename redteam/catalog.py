@@ -1,0 +1,137 @@
+"""What exists by name: one line for each target, compressor, attack, defence and data set.
+
+Other packages add their own through entry points of the groups ``redteam.targets``,
+``redteam.compressors``, ``redteam.attacks``, ``redteam.defenses`` and ``redteam.datasets``.
+Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, Literal, get_args
+
+from redteam.errors import CatalogError, nearest
+
+Kind = Literal["targets", "compressors", "attacks", "defenses", "datasets"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
+    "targets": {
+        "scenes": "redteam.loaders:ScenesTarget",
+        "lvlm": "redteam.loaders:CheckpointTarget",
+    },
+    "compressors": {
+        "fastv": "targets.compression.fastv:FastV",
+        "visionzip": "targets.compression.visionzip:VisionZip",
+        "divprune": "targets.compression.divprune:DivPrune",
+        "random": "targets.compression.random:Random",
+        "uniform": "targets.compression.uniform:Uniform",
+    },
+    "attacks": {
+        "noise": "attacks.noise:Noise",
+        "pgd": "attacks.pgd:PGD",
+        "caa": "attacks.caa:CAA",
+    },
+    "defenses": {
+        "none": "redteam.loaders:Undefended",
+    },
+    "datasets": {
+        "scenes": "redteam.datasets.scenes:Scenes",
+        "jsonl": "redteam.datasets.jsonl:Jsonl",
+    },
+}
+
+_ONE: Final[Mapping[Kind, str]] = {
+    "targets": "target",
+    "compressors": "compressor",
+    "attacks": "attack",
+    "defenses": "defence",
+    "datasets": "data set",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the catalogue.
+
+    Attributes:
+        kind: what it is.
+        name: as scenarios write it.
+        value: ``module:Class``.
+        package: distribution it comes from; "" for our own.
+    """
+
+    kind: Kind
+    name: str
+    value: str
+    package: str = ""
+
+    @property
+    def module(self) -> str:
+        """Module of the class."""
+        return self.value.partition(":")[0]
+
+    @property
+    def attribute(self) -> str:
+        """Name of the class."""
+        return self.value.partition(":")[2]
+
+
+def one(kind: Kind) -> str:
+    """Singular of a kind, for messages."""
+    return _ONE[kind]
+
+
+def entries(kind: Kind) -> dict[str, Entry]:
+    """Everything of a kind by name: ours first, then that of other packages.
+
+    Raises:
+        CatalogError: if two packages claim one name.
+    """
+    found = {name: Entry(kind, name, value) for name, value in BUILTIN[kind].items()}
+    for point in sorted(entry_points(group=f"redteam.{kind}"), key=lambda point: point.name):
+        if point.name in found:
+            raise CatalogError(
+                f"{one(kind)} {point.name!r} is claimed by {point.value} of package "
+                f"{_package(point)!r} and by {found[point.name].value}; uninstall one of them"
+            )
+        found[point.name] = Entry(kind, point.name, point.value, _package(point))
+    return found
+
+
+def find(kind: Kind, name: str) -> Entry:
+    """The entry of a name.
+
+    Raises:
+        CatalogError: for an unknown name, listing what exists and the nearest.
+    """
+    known = entries(kind)
+    if name in known:
+        return known[name]
+    hint = nearest(name, known)
+    raise CatalogError(
+        f"there is no {one(kind)} {name!r}; known: {', '.join(known)}"
+        + (f"; {hint}" if hint else "")
+    )
+
+
+def load(entry: Entry) -> Any:  # noqa: ANN401 - a class of any method
+    """Import the class of an entry.
+
+    Raises:
+        CatalogError: if it cannot be imported or is not there.
+    """
+    try:
+        return getattr(import_module(entry.module), entry.attribute)
+    except (ImportError, AttributeError) as error:
+        origin = f" of package {entry.package!r}" if entry.package else ""
+        raise CatalogError(
+            f"{one(entry.kind)} {entry.name!r}{origin} cannot be loaded from {entry.value}: {error}"
+        ) from error
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "unknown"

@@ -1,0 +1,1 @@
+"""Data sets: pictures with questions whose answers are known."""

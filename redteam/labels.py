@@ -1,0 +1,77 @@
+"""Short, readable, unique names for the methods of a scenario: ``fastv K=2 25%``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from redteam.findings import Findings
+from redteam.validation import Raw
+
+
+def assign_labels(methods: Sequence[Raw], findings: Findings) -> list[str]:
+    """A label for each method of one kind, in order.
+
+    A name the user gave is taken as it is. Otherwise the type, with what compressors are known by
+    (layer and budget); methods that would share a label add the options in which they differ.
+    """
+    labels = [method.name or _short(method) for method in methods]
+    for label in set(labels):
+        group = [i for i, other in enumerate(labels) if other == label and not methods[i].name]
+        if len(group) > 1:
+            for index, extra in zip(group, _differences([methods[i] for i in group]), strict=True):
+                labels[index] = f"{label} {extra}".strip()
+    for index, label in enumerate(labels):
+        if label in labels[:index]:
+            first = methods[labels.index(label)].location
+            named = methods[index].name != ""
+            findings.add(
+                (*methods[index].location, "name") if named else methods[index].location,
+                f"{'the name' if named else 'the label'} {label!r} is taken by entry {first[-1]}",
+                hint="give another name" if named else "remove one, or give it a name",
+            )
+    return labels
+
+
+def _short(method: Raw) -> str:
+    options = method.options
+    if method.kind == "targets":
+        if "checkpoint" in options:
+            return str(options["checkpoint"])
+        model = str(options.get("model", ""))
+        return PurePath(model).name[:48] or method.type
+    if method.kind != "compressors":
+        return method.type
+    parts = [method.type]
+    if options.get("layer") is not None:
+        parts.append(f"K={options['layer']}")
+    if options.get("retention") is not None:
+        parts.append(f"{100 * options['retention']:.4g}%")
+    if options.get("keep_tokens") is not None:
+        parts.append(f"{options['keep_tokens']} tokens")
+    return " ".join(parts)
+
+
+def _differences(methods: Sequence[Raw]) -> list[str]:
+    """What tells methods of one type apart, in the order of their options."""
+    keys = [
+        key
+        for key in methods[0].options
+        if any(method.options[key] != methods[0].options[key] for method in methods)
+    ]
+    found = [" ".join(_option(key, method.options) for key in keys) for method in methods]
+    if any(method.epsilons != methods[0].epsilons for method in methods) and not keys:
+        return [f"({index + 1})" for index in range(len(methods))]
+    return found
+
+
+def _option(key: str, options: Mapping[str, Any]) -> str:
+    value = options[key]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    if isinstance(value, float):
+        return f"{key}={value:.4g}"
+    return f"{key}={'auto' if value is None else value}"

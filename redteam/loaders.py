@@ -1,0 +1,113 @@
+"""How a scenario names targets, and the absence of a defence: options that load on demand.
+
+Reading this module costs nothing; torch is imported by `load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from redteam.errors import InstallationError
+
+if TYPE_CHECKING:
+    from targets.lvlm import LVLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesTarget:
+    """The embedded LVLM, trained by this repository on drawn scenes; needs no download.
+
+    Args:
+        checkpoint: which of the shipped ones.
+        dtype: of the weights.
+        attn_implementation: ``auto`` is flash_attention_2 where it runs, else sdpa.
+    """
+
+    name: ClassVar[str] = "scenes"
+    capabilities: ClassVar[tuple[str, ...]] = (
+        "gradients",
+        "visual_tokens",
+        "option_scores",
+        "generate",
+    )
+    seconds: ClassVar[tuple[float, float]] = (0.006, 0.012)
+    """Rough CPU seconds of one answer and of one gradient step of one image (two cores)."""
+
+    checkpoint: str = "scenes-a"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+
+    def load(self, device: str) -> LVLM:
+        """Load it onto a device (``auto``, ``cpu``, ``cuda``, ``cuda:1`` …).
+
+        Raises:
+            TargetError: if there is no such checkpoint.
+            InstallationError: if the installation ships none at all.
+        """
+        from targets.scenes import checkpoints, load_scenes
+
+        if not checkpoints():
+            raise InstallationError(
+                "the weights of the scenes LVLM are missing from this installation "
+                "(targets/scenes/weights); reinstall, or train them: python -m targets.scenes.train"
+            )
+        return load_scenes(
+            self.checkpoint,
+            device=device,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointTarget:
+    """Any LVLM checkpoint of a supported family: a local folder or a hub id.
+
+    Args:
+        model: folder (relative to the scenario file) or hub id.
+        revision: commit, tag or branch of a hub id; pin a commit for results that last.
+        dtype: of the weights.
+        attn_implementation: ``auto`` is flash_attention_2 where it runs, else sdpa.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    name: ClassVar[str] = "lvlm"
+    capabilities: ClassVar[tuple[str, ...]] = (
+        "gradients",
+        "visual_tokens",
+        "option_scores",
+        "generate",
+    )
+    paths: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    trust_remote_code: bool = False
+
+    def load(self, device: str) -> LVLM:
+        """Load it onto a device (``auto``, ``cpu``, ``cuda``, ``cuda:1`` …).
+
+        Raises:
+            TargetError: if it cannot be loaded as asked; the message says why.
+        """
+        from targets.lvlm import LVLM
+
+        return LVLM.load(
+            self.model,
+            revision=self.revision,
+            device=device,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undefended:
+    """No defence: the model as it is. List it beside defences to have the control."""
+
+    name: ClassVar[str] = "none"
+    kind: ClassVar[str] = "none"

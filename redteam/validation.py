@@ -1,0 +1,224 @@
+"""From plain data to checked options: pydantic decides, and its findings become `Problem`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from annotated_types import Ge, Gt, Interval, Len, Lt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+from redteam.annotations import contains
+from redteam.catalog import Entry, Kind, entries, one
+from redteam.document import Location
+from redteam.errors import CatalogError, nearest
+from redteam.findings import Findings, annotation_at, epsilon_hint, shown
+from redteam.signature import REQUIRED, signature
+
+_FRACTION: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*/\s*([0-9]+(?:\.[0-9]+)?)\s*")
+_STRICT: Final = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def number(value: object) -> object:
+    """Turn a fraction such as ``8/255`` into a float, in lists too; leave the rest alone.
+
+    Raises:
+        ValueError: for a zero denominator.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(number(item) for item in value)
+    match = _FRACTION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if float(match[2]) == 0:
+        raise ValueError("divides by zero")
+    return float(match[1]) / float(match[2])
+
+
+def _file_name(value: object) -> object:
+    if isinstance(value, str) and not NAME.fullmatch(value):
+        raise ValueError("cannot be part of a folder name")
+    return value
+
+
+def _label(value: object) -> object:
+    if isinstance(value, str) and not (0 < len(value.strip()) <= 60 and value.isprintable()):
+        raise ValueError("is no label of 1 to 60 printable characters")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(number)]
+Epsilon = Annotated[float, Interval(ge=0, le=1), BeforeValidator(number)]
+Label = Annotated[str, BeforeValidator(_label)]
+Items = Annotated[list[Any], Len(1)]
+
+
+class Gate(BaseModel):
+    """A gate as it is written."""
+
+    model_config = _STRICT
+
+    metric: str
+    max: Number | None = None
+    min: Number | None = None
+    where: dict[Literal["target", "compression", "attack", "defense", "epsilon"], Any] = Field(
+        default_factory=dict
+    )
+    confidence: Annotated[float, Gt(0.5), Lt(1)] = 0.95
+    name: Label | None = None
+
+
+class EngineOptions(BaseModel):
+    """How a run is executed; results do not depend on it beyond rounding."""
+
+    model_config = _STRICT
+
+    type: Literal["local"] = "local"
+    batch_size: Annotated[int, Interval(ge=1, le=4096)] = 32
+    device: str = "auto"
+
+
+class Header(BaseModel):
+    """The scenario without the insides of its methods."""
+
+    model_config = _STRICT
+
+    name: Annotated[str, BeforeValidator(_file_name)]
+    description: str = ""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    targets: Items
+    dataset: dict[str, Any]
+    compressions: Items
+    attacks: Items
+    epsilons: list[Epsilon] = Field(default_factory=list)
+    defenses: list[Any] = Field(default_factory=list)
+    gates: list[Gate] = Field(default_factory=list)
+    engine: EngineOptions = EngineOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A checked method that has no label yet.
+
+    Attributes:
+        kind: of method.
+        type: its name in the catalogue.
+        options: complete, defaults filled in.
+        name: label the user gave; "" if none.
+        epsilons: of its own; None to take the scenario's.
+        location: in the document.
+    """
+
+    kind: Kind
+    type: str
+    options: Mapping[str, Any]
+    name: str
+    epsilons: tuple[float, ...] | None
+    location: Location
+
+
+@lru_cache(maxsize=256)
+def options_model(entry: Entry) -> type[BaseModel]:
+    """The pydantic model of a method's options, and `type`, `name` and `epsilons` (attacks).
+
+    Raises:
+        CatalogError: if the options cannot be read.
+    """
+    found = signature(entry)
+    fields: dict[str, Any] = {"type": (str, ...), "name": (Label | None, None)}
+    if entry.kind == "attacks":
+        # An l2 radius has no upper end, so the range depends on an option; it is checked later.
+        own = Annotated[list[Annotated[float, Ge(0), BeforeValidator(number)]], Len(1)]
+        fields["epsilons"] = (own | None, None)
+    for option in found.options.values():
+        annotation = option.annotation
+        if contains(annotation, float) and not contains(annotation, str):
+            annotation = Annotated[annotation, BeforeValidator(number)]
+        fields[option.name] = (annotation, ... if option.default is REQUIRED else option.default)
+    return create_model(f"{entry.attribute}Options", __config__=_STRICT, **fields)
+
+
+def check_method(kind: Kind, raw: object, location: Location, findings: Findings) -> Raw | None:
+    """Check one entry of a scenario's list; problems go to `findings`."""
+    known = entries(kind)
+    if not isinstance(raw, dict):
+        findings.add(location, f"{shown(raw)} is not allowed", allowed="a mapping with a type")
+        return None
+    name = raw.get("type")
+    if name not in known or not isinstance(name, str):
+        where = (*location, "type")
+        if "type" not in raw:
+            findings.add(where, "is missing", allowed=", ".join(known))
+        else:
+            message = f"there is no {one(kind)} {shown(name)}"
+            findings.add(where, message, allowed=", ".join(known), hint=nearest(name, known))
+        return None
+    try:
+        model = options_model(known[name])
+    except CatalogError as error:
+        findings.add((*location, "type"), str(error))
+        return None
+    try:
+        values = model.model_validate(_tuples(raw, model)).model_dump()
+    except ValidationError as error:
+        findings.pydantic(error, location, lambda inner: annotation_at(model, inner))
+        return None
+    label, epsilons = values.pop("name"), values.pop("epsilons", None)
+    del values["type"]
+    found = Raw(kind, name, values, label or "", tuple(epsilons) if epsilons else None, location)
+    _check_budget(found, findings)
+    return found
+
+
+def _tuples(raw: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """YAML has lists only; options are tuples."""
+    fields = model.model_fields
+    return {
+        key: tuple(value)
+        if isinstance(value, list) and key in fields and key != "epsilons"
+        else value
+        for key, value in raw.items()
+    }
+
+
+def _check_budget(found: Raw, findings: Findings) -> None:
+    """Rules that concern several options at once."""
+    options = found.options
+    if found.kind == "compressors" and {"retention", "keep_tokens"} <= options.keys():
+        given = [key for key in ("retention", "keep_tokens") if options[key] is not None]
+        if len(given) != 1:
+            findings.add(
+                found.location,
+                f"gives {' and '.join(given) or 'neither retention nor keep_tokens'}",
+                allowed="exactly one of retention (kept ÷ all, in (0, 1]) and keep_tokens",
+            )
+    for index, epsilon in enumerate(found.epsilons or ()):
+        if epsilon > 1 and options.get("norm") != "l2":
+            where = (*found.location, "epsilons", index)
+            findings.add(
+                where,
+                f"{epsilon:g} is not allowed",
+                allowed="a number ≥ 0 and ≤ 1, in pixel units of [0, 1]",
+                hint=epsilon_hint(where, epsilon),
+            )
+
+
+def check_paths(found: Raw, folder: Path, findings: Findings) -> None:
+    """Find out now, not after minutes, that a file is missing."""
+    facts = signature(entries(found.kind)[found.type]).facts
+    for option in facts.get("paths", ()):
+        value = str(found.options[option])
+        if (folder / Path(value).expanduser()).exists():
+            continue
+        looks_local = value.startswith((".", "/", "~")) or found.kind == "datasets"
+        if looks_local:
+            findings.add(
+                (*found.location, option),
+                f"{value!r} does not exist",
+                hint=f"paths are relative to the scenario's folder, {folder}",
+            )
