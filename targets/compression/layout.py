@@ -67,7 +67,8 @@ class Group:
         shift: ``[B]`` how much position ids of what follows are lowered; None for nothing.
         positions: ``[B, n]`` position ids of the columns, at prefill.
         bias: ``[B, n]`` added to the attention logits of each column (zero forward); None is none.
-        changed: whether anything differs from the layers before.
+        inside: whether it was cut inside the language model, so that what the model made for its
+            layers does not fit.
     """
 
     start: int
@@ -76,13 +77,13 @@ class Group:
     shift: Tensor | None = None
     positions: Tensor | None = None
     bias: Tensor | None = None
-    changed: bool = False
+    inside: bool = False
 
     def extended(self, steps: int) -> Group:
         """The group `steps` decoded tokens later."""
         ones = self.mask.new_ones(len(self.mask), steps)
         mask = torch.cat([self.mask, ones], 1)
-        return Group(self.start, mask, self.index, self.shift, changed=self.changed)
+        return Group(self.start, mask, self.index, self.shift, inside=self.inside)
 
 
 def columns_kept(keep: Tensor) -> tuple[Tensor, Tensor] | None:

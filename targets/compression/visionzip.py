@@ -104,7 +104,11 @@ class VisionZip(Compressor):
         vision = _pass(seen)
         _, contextual = self.split(seen.count, vision.has_cls)
         left = int((~kept).sum(1).amin())
-        contextual = min(contextual, left)
+        if left < contextual:
+            raise CompressionError(
+                f"visionzip: a forced set leaves {left} patches, too few for {contextual} "
+                "contextual tokens; force a smaller set"
+            )
         targets = _targets(kept, contextual)
         if contextual == 0:
             return Selection(kept, targets, torch.full_like(kept, -1, dtype=torch.long))

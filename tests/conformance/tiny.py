@@ -38,6 +38,7 @@ TEMPLATE = (
 QUARTER = TOKENS // 4
 
 COMPRESSORS: dict[str, Compressor] = {
+    "random at the first layer": Random(layer=0, keep_tokens=QUARTER, positions="reindex"),
     "fastv": FastV(layer=2, keep_tokens=QUARTER),
     "fastv reindexed": FastV(layer=1, keep_tokens=QUARTER, positions="reindex"),
     "visionzip": VisionZip(keep_tokens=QUARTER),
