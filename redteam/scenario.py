@@ -221,6 +221,24 @@ def load_scenario(name: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     return _check(document, path, tuple(overrides))
 
 
+def load_limited(name: str | Path, overrides: Sequence[str], limit: int | None) -> Scenario:
+    """`load_scenario` with at most `limit` samples.
+
+    Raises:
+        ScenarioError: also if the data set has no `samples` option to lower.
+    """
+    scenario = load_scenario(name, overrides)
+    if limit is None:
+        return scenario
+    options = scenario.dataset.options
+    if "samples" not in options:
+        problem = scenario.dataset.problem("this data set has no option `samples` for --limit")
+        raise ScenarioError([problem])
+    if options["samples"] is not None and options["samples"] <= limit:
+        return scenario
+    return load_scenario(name, [*overrides, f"dataset.samples={limit}"])
+
+
 def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenario:
     findings = Findings(document)
     header: Header | None = None

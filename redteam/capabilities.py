@@ -1,0 +1,81 @@
+"""What cannot work together, found before torch is imported or a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from redteam.errors import Problem, nearest
+from redteam.scenario import Method, Scenario
+
+_NEEDS: Final[Mapping[str, frozenset[str]]] = {
+    "none": frozenset(),
+    "encoder": frozenset({"gradients"}),
+    "compressed": frozenset({"gradients", "visual_tokens"}),
+    "white_box": frozenset({"gradients"}),
+}
+"""What a target must be capable of for an attack with this knowledge."""
+
+
+def mismatches(scenario: Scenario) -> list[Problem]:
+    """What cannot work together, one problem for each pair."""
+    found: list[Problem] = []
+    for target in scenario.targets:
+        found += _checkpoint(target)
+        offered = frozenset(target.signature.facts.get("capabilities", ()))
+        if "visual_tokens" not in offered:
+            found.append(
+                target.problem(
+                    f"target {target.label!r} does not expose its visual tokens, so it cannot be "
+                    "compressed here"
+                )
+            )
+        for attack in scenario.attacks:
+            found += _attack_on(attack, target, offered)
+    for defense in scenario.defenses:
+        kind = defense.signature.facts.get("kind", "input")
+        if kind not in ("none", "input"):
+            found.append(
+                defense.problem(
+                    f"defence {defense.label!r} is of kind {kind!r}; this version runs defences "
+                    "of kind input"
+                )
+            )
+    return found
+
+
+def _attack_on(attack: Method, target: Method, offered: frozenset[str]) -> list[Problem]:
+    knowledge = str(attack.signature.facts.get("knowledge", ""))
+    if knowledge not in _NEEDS:
+        return [
+            attack.problem(
+                f"attack {attack.label!r} works with knowledge {knowledge!r}, for which this "
+                "version has no view",
+                allowed=", ".join(_NEEDS),
+            )
+        ]
+    missing = sorted(_NEEDS[knowledge] - offered)
+    if not missing:
+        return []
+    return [
+        attack.problem(
+            f"attack {attack.label!r} needs {' and '.join(missing)}, which target "
+            f"{target.label!r} does not offer",
+            allowed=f"attacks on what it offers: {', '.join(sorted(offered))}",
+        )
+    ]
+
+
+def _checkpoint(target: Method) -> list[Problem]:
+    from targets.scenes import checkpoints
+
+    shipped, wanted = checkpoints(), target.options.get("checkpoint")
+    if target.type != "scenes" or not shipped or wanted in shipped:
+        return []
+    return [
+        target.problem(
+            f"scenes checkpoint {wanted!r} does not exist",
+            allowed=", ".join(shipped),
+            hint=nearest(wanted, shipped),
+        )
+    ]

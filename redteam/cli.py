@@ -1,0 +1,250 @@
+"""The command line. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from redteam.errors import InterruptedRun, RedteamError
+from reports.errors import LedgerError, ReportError
+from reports.verdict import ExitCode
+
+if TYPE_CHECKING:
+    from redteam.scenario import Scenario
+
+app = typer.Typer(
+    name="redteam",
+    help="Find out what visual-token compression does to a vision-language model's robustness.\n\n"
+    "Start with: redteam run quickstart",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Listing(StrEnum):
+    """What `redteam list` can list."""
+
+    TARGETS = "targets"
+    COMPRESSORS = "compressors"
+    ATTACKS = "attacks"
+    DEFENSES = "defenses"
+    DATASETS = "datasets"
+    METRICS = "metrics"
+
+
+ScenarioName = Annotated[
+    str, typer.Argument(metavar="SCENARIO", help="A YAML file, or a packaged one: quickstart …")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key of the scenario, e.g. attacks.caa.steps=50; may be repeated.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed instead of the scenario's.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from redteam import __version__
+
+        typer.echo(f"redteam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def run(
+    scenario: ScenarioName,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder; one that holds this run already is continued. "
+            "[default: runs/<name>-<time>-<hash>]"
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    device: Device = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a scenario and report the verdict.
+
+    Exit codes: 0 pass, 1 a gate failed, 2 usage or invalid scenario, 3 incomplete or internal
+    error, 4 inconclusive, 5 nothing selected, 130 interrupted.
+    """
+    from redteam.output import stderr
+
+    checked = _load(scenario, overrides, device=device, limit=limit, seed=seed)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    folder = out
+    try:
+        console = stderr()
+        with console.status("loading …"):
+            from redteam import runner
+            from redteam.output import show_run
+            from redteam.progress import RunProgress
+        folder = out or runner.default_folder(checked)
+        with RunProgress(console) as progress:
+            finished = runner.run(checked, folder, progress)
+    except KeyboardInterrupt:
+        again = f"; run again with --out {folder} to resume" if folder else ""
+        raise InterruptedRun(f"stopped{again}") from None
+    show_run(finished, as_json=as_json)
+    code = finished.built.exit_code
+    raise typer.Exit(ExitCode.INTERRUPTED if finished.interrupted else code)
+
+
+@app.command()
+def validate(
+    scenario: ScenarioName,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    seed: Seed = None,
+) -> None:
+    """Check a scenario without loading any model; at once."""
+    from redteam.capabilities import mismatches
+    from redteam.errors import ScenarioError
+    from redteam.output import show_valid
+
+    checked = _load(scenario, overrides, limit=limit, seed=seed)
+    problems = mismatches(checked)
+    if problems:
+        raise ScenarioError(problems)
+    if checked.dataset.signature.facts.get("paths"):
+        checked.dataset.create().open()
+    show_valid(checked)
+
+
+@app.command()
+def plan(
+    scenario: ScenarioName,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would run and about how long it takes; loads no model."""
+    from redteam.output import show_plan
+    from redteam.plan import make_plan
+
+    checked = _load(scenario, overrides, limit=limit, seed=seed)
+    show_plan(make_plan(checked), len(checked.dataset.create().open()), as_json=as_json)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    as_json: AsJson = False,
+) -> None:
+    """List what exists, with all options, bounds and defaults."""
+    from redteam.output import show_listing
+
+    show_listing(what.value, as_json=as_json)
+
+
+@app.command()
+def report(run_folder: RunFolder, as_json: AsJson = False) -> None:
+    """Build the reports of a run folder again; needs no torch."""
+    from redteam.output import show_report
+    from reports import build_reports
+
+    built = build_reports(run_folder)
+    show_report(run_folder, built, as_json=as_json)
+    raise typer.Exit(built.exit_code)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation and say how to mend it."""
+    from redteam.doctor import examine
+    from redteam.output import show_findings
+
+    raise typer.Exit(show_findings(examine()))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("scenario.yaml"),
+    template: Annotated[
+        str, typer.Option("--from", help="Packaged scenario to start from.")
+    ] = "quickstart",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Write a commented scenario to start from."""
+    from redteam.output import write_template
+
+    write_template(path, template, force=force)
+
+
+def _load(
+    scenario: str,
+    overrides: list[str] | None,
+    *,
+    device: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> Scenario:
+    from redteam.scenario import load_limited
+
+    items = list(overrides or ())
+    items += [] if device is None else [f"engine.device={device}"]
+    items += [] if seed is None else [f"seed={seed}"]
+    return load_limited(scenario, items, limit)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
+
+
+def _code(error: ReportError) -> ExitCode:
+    """A folder that cannot be used is a usage error; a disk that fails in a run is not."""
+    broken = isinstance(error, LedgerError) or isinstance(error.__cause__, OSError)
+    return ExitCode.INCOMPLETE if broken else ExitCode.USAGE
+
+
+def main() -> None:
+    """Entry point: errors the user can mend are one message on standard error."""
+    from redteam.installation import check_packages
+
+    try:
+        check_packages()
+        app()
+    except RedteamError as error:
+        _fail(str(error), error.exit_code)
+    except ReportError as error:
+        _fail(str(error), _code(error))
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        _fail(
+            "this is a fault of redteam, please report it with the lines above; "
+            "what was measured is safe, run again with the same --out to resume",
+            ExitCode.INCOMPLETE,
+        )

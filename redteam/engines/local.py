@@ -1,0 +1,304 @@
+"""The local engine: one process, one device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from redteam.batching import Batcher, Failure
+from redteam.batching import failure as failure_of
+from redteam.datasets.base import Samples
+from redteam.errors import PlanError
+from redteam.evaluation import Asker, Replies, Reply, Shot, good
+from redteam.pictures import decode_png, encode_png, to_pixels
+from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
+from redteam.scenario import Method
+from redteam.trials import Attacked, Swapped, measured, unmeasured
+from reports.records import Trial
+from reports.store import RunStore
+from targets.base import Batch
+from targets.errors import TargetError
+
+if TYPE_CHECKING:
+    from targets.lvlm import LVLM
+
+
+@dataclass(slots=True)
+class _Block:
+    """What all units of one target and one block of samples share."""
+
+    target: str
+    number: int
+    shots: dict[int, Shot | Failure]
+    clean: dict[tuple[str, str], Replies] = field(default_factory=dict)
+
+
+class LocalEngine:
+    """Runs units one after another on one device.
+
+    Holds one model at a time, the clean answers of one block, and nothing else.
+
+    Args:
+        plan: what to run.
+        samples: the opened data set.
+        device: ``auto``, ``cpu``, ``cuda`` …
+        warn: told what the user should know, once each.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        samples: Samples,
+        device: str,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        from targets.loading import resolve_device
+
+        self._plan, self._samples, self._warn = plan, samples, warn
+        self.device = str(resolve_device(device))
+        self._batcher = Batcher(plan.scenario.engine.batch_size, warn)
+        self._asker: Asker | None = None
+        self._loaded = ""
+        self._block: _Block | None = None
+
+    def prepare(self) -> dict[str, Any]:
+        """Load every target once and try each compression on it; the first stays loaded.
+
+        Returns:
+            What must not change under a run: hashes of weights and data, and the kind of device.
+
+        Raises:
+            PlanError: if a target cannot be loaded or a compression does not fit it.
+        """
+        targets = {}
+        for target in reversed(self._plan.scenario.targets):
+            model = self._open(target).model
+            self._try(target, model)
+            targets[target.label] = dict(model.identity)
+        return {
+            "targets": targets,
+            "data": self._samples.identity,
+            "device": self.device.partition(":")[0],
+        }
+
+    def execute(self, unit: WorkUnit, store: RunStore) -> list[Trial]:
+        """All trials of a unit: each of its samples in each of its cells.
+
+        Args:
+            unit: what to do.
+            store: receives the images; the trials are the caller's to append.
+        """
+        group = unit.group
+        asker = self._open(group.target)
+        block = self._share(unit, store)
+        attacked = self._attack(asker, group, block, store)
+        shots = {index: one.shot for index, one in good(attacked).items()}
+        full = {
+            defense.label: asker.ask(shots, None, defense, "attacked, all tokens")
+            for defense in _distinct(one.defense for one in group.cells)
+        }
+        trials: list[Trial] = []
+        for planned in group.cells:
+            replies = {
+                "clean, all tokens": self._clean(asker, block, None, planned.defense),
+                "clean, compressed": self._clean(
+                    asker, block, planned.compression, planned.defense
+                ),
+                "attacked, all tokens": full[planned.defense.label],
+                "attacked, compressed": asker.ask(
+                    shots, planned.compression, planned.defense, "attacked, compressed"
+                ),
+            }
+            trials += self._trials(asker, unit, planned, attacked, list(replies.values()))
+        return trials
+
+    def _open(self, target: Method) -> Asker:
+        """The asker of a target, loading it if another one is loaded."""
+        if self._asker is None or self._loaded != target.label:
+            self._asker = self._block = None  # let the other model go first
+            try:
+                model = target.create().load(self.device)
+            except TargetError as error:
+                raise PlanError(str(target.problem(str(error)))) from error
+            self._asker = Asker(model, self._batcher, self._plan.scenario.seed)
+            self._loaded = target.label
+        return self._asker
+
+    def _try(self, target: Method, model: LVLM) -> None:
+        """One short answer per compression: what does not fit is found before anything is spent."""
+        import torch
+
+        for compression in self._plan.scenario.compressions:
+            size = model.image_size
+            try:
+                model.answer(
+                    torch.full((1, 3, *size), 0.5, device=model.device),
+                    [self._samples[0].question],
+                    compressor=compression.create(),
+                    seeds=[0],
+                    max_new_tokens=1,
+                )
+            except TargetError as error:
+                message = f"does not fit target {target.label!r}: {error}"
+                raise PlanError(str(compression.problem(message))) from error
+
+    def _share(self, unit: WorkUnit, store: RunStore) -> _Block:
+        """The block of a unit: its clean pictures, saved and read back."""
+        label = unit.group.target.label
+        block = self._block
+        if block is None or (block.target, block.number) != (label, unit.block):
+            shots = {index: self._shot(index, store) for index in unit.samples}
+            block = self._block = _Block(label, unit.block, shots)
+        return block
+
+    def _shot(self, index: int, store: RunStore) -> Shot | Failure:
+        try:
+            sample = self._samples[index]
+            data = encode_png(sample.image)
+        except Exception as error:
+            # A picture that cannot be read is this sample's trouble only.
+            return failure_of(error, "reading the clean image")
+        png = store.save_png(data)
+        return Shot(sample, decode_png(store.read_png(png)), png)
+
+    def _clean(
+        self, asker: Asker, block: _Block, compression: Method | None, defense: Method
+    ) -> Replies:
+        """Clean answers, made once for all attacks and budgets."""
+        key = (compression.label if compression else "", defense.label)
+        if key not in block.clean:
+            where = "clean, compressed" if compression else "clean, all tokens"
+            block.clean[key] = asker.ask(good(block.shots), compression, defense, where)
+        return block.clean[key]
+
+    def _attack(
+        self, asker: Asker, group: ImageGroup, block: _Block, store: RunStore
+    ) -> dict[int, Attacked | Failure]:
+        """Attacked images as they come back from disk."""
+        shots = good(block.shots)
+        attack = asker.instance(group.attack)
+        known = None if group.known is None else asker.instance(group.known)
+
+        def run(indices: Sequence[int]) -> list[tuple[Any, ...]]:
+            chosen = [shots[index] for index in indices]
+            samples = [shot.sample for shot in chosen]
+            batch = Batch(
+                ids=tuple(sample.id for sample in samples),
+                images=asker.images(chosen),
+                questions=tuple(sample.question for sample in samples),
+                answers=tuple(sample.answer for sample in samples),
+            )
+            seeds = [seed_of(self._plan.scenario.seed, group.id, one.id) for one in samples]
+            started = time.perf_counter()
+            result = attack(asker.model.view(attack.needs, known), batch, group.epsilon, seeds)
+            seconds = (time.perf_counter() - started) / len(indices)
+            notes = tuple(f"note: {note}" for note in result.notes)
+            return [
+                (pixels, result.loss[row], (*result.checks[row], *notes), seeds[row], seconds)
+                for row, pixels in enumerate(to_pixels(result.images))
+            ]
+
+        found: dict[int, Attacked | Failure] = {
+            index: shot for index, shot in block.shots.items() if isinstance(shot, Failure)
+        }
+        for index, made in asker.each(shots, run, f"attack {group.attack.label}").items():
+            if isinstance(made, Failure):
+                found[index] = made
+                continue
+            pixels, loss, checks, seed, seconds = made
+            png = store.save_png(encode_png(pixels))
+            shot = Shot(shots[index].sample, decode_png(store.read_png(png)), png)
+            found[index] = Attacked(shot, shots[index], loss, checks, seed, seconds)
+        return found
+
+    def _trials(
+        self,
+        asker: Asker,
+        unit: WorkUnit,
+        planned: PlannedCell,
+        attacked: Mapping[int, Attacked | Failure],
+        replies: Sequence[Replies],
+    ) -> list[Trial]:
+        """One trial for each sample of the unit in one cell."""
+        shared = len(unit.group.cells)
+        ready: dict[int, tuple[Attacked, tuple[Reply, ...]]] = {}
+        failed: dict[int, Failure] = {}
+        for index in unit.samples:
+            image = attacked[index]
+            four = [one[index] for one in replies if index in one]
+            wrong = [part for part in (image, *four) if isinstance(part, Failure)]
+            if wrong or isinstance(image, Failure):
+                failed[index] = wrong[0]
+            else:
+                ready[index] = (image, tuple(one for one in four if isinstance(one, Reply)))
+        swapped = self._swap(asker, planned, ready)
+        trials = []
+        for index in unit.samples:
+            swap = failed.get(index) or swapped.get(index)
+            if isinstance(swap, Failure):
+                trials.append(self._unmeasured(unit, planned, index, swap))
+                continue
+            one, replied = ready[index]
+            evidence = asker.evidence(one.clean)
+            grid = asker.model.grid
+            trials.append(measured(planned.cell, one, replied, swap, grid, evidence, shared))
+        return trials
+
+    def _unmeasured(
+        self, unit: WorkUnit, planned: PlannedCell, index: int, wrong: Failure
+    ) -> Trial:
+        name = self._samples.ids[index]
+        shot = self._block.shots[index] if self._block is not None else None
+        return unmeasured(
+            planned.cell,
+            name,
+            shot if isinstance(shot, Shot) else None,
+            seed_of(self._plan.scenario.seed, unit.group.id, name),
+            wrong,
+        )
+
+    def _swap(
+        self,
+        asker: Asker,
+        planned: PlannedCell,
+        ready: Mapping[int, tuple[Attacked, tuple[Reply, ...]]],
+    ) -> dict[int, Swapped | Failure]:
+        """The swap test of every compression-specific failure that has a kept set to exchange."""
+        failed = {
+            index: (one, clean, hit)
+            for index, (one, (c, clean, full, hit)) in ready.items()
+            if c.answer.correct and clean.answer.correct and full.answer.correct
+            if not hit.answer.correct
+            if clean.selection is not None and hit.selection is not None
+        }
+        compression, defense = planned.compression, planned.defense
+        recovered = asker.ask(
+            {index: one.shot for index, (one, _, _) in failed.items()},
+            compression,
+            defense,
+            "swap test, clean kept set on the attacked image",
+            {index: clean.selection for index, (_, clean, _) in failed.items() if clean.selection},
+        )
+        reproduced = asker.ask(
+            {index: one.clean for index, (one, _, _) in failed.items()},
+            compression,
+            defense,
+            "swap test, attacked kept set on the clean image",
+            {index: hit.selection for index, (_, _, hit) in failed.items() if hit.selection},
+        )
+        found: dict[int, Swapped | Failure] = {}
+        for index in failed:
+            first, second = recovered[index], reproduced[index]
+            if isinstance(first, Failure):
+                found[index] = first
+            elif isinstance(second, Failure):
+                found[index] = second
+            else:
+                found[index] = Swapped(first, second)
+        return found
+
+
+def _distinct(methods: Any) -> list[Method]:  # noqa: ANN401 - an iterable of methods
+    return list({method.label: method for method in methods}.values())

@@ -1,0 +1,197 @@
+"""Ask a model about pictures, in batches, with and without compression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from redteam.batching import Batcher, Failure
+from redteam.datasets.base import Sample, is_correct
+from redteam.diagnosis import Bools, Kept, evidence_tokens, token_map
+from redteam.pictures import Pixels, to_tensor
+from redteam.plan import seed_of
+from redteam.scenario import Method, digest
+from reports.records import Answer
+from targets.base import Knowledge
+
+if TYPE_CHECKING:
+    from targets.compression.base import Selection
+    from targets.lvlm import LVLM, Answered
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """A picture as it was saved, with the question about it.
+
+    Attributes:
+        sample: question and truth.
+        pixels: decoded from the stored file.
+        png: content hash of that file.
+    """
+
+    sample: Sample
+    pixels: Pixels
+    png: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer.
+
+    Attributes:
+        answer: text and whether it is right.
+        kept: what the compressor kept and how it ranked; None without one.
+        selection: the same in the target's own form, to be forced upon another image.
+        seconds: this sample's share of the batch.
+    """
+
+    answer: Answer
+    kept: Kept | None
+    selection: Selection | None
+    seconds: float
+
+
+Replies = dict[int, Reply | Failure]
+"""By index of the sample."""
+
+
+def of_one_size(shots: Mapping[int, Shot]) -> list[list[int]]:
+    """Indices grouped by picture size: only pictures of one size fit into a batch."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, shot in shots.items():
+        groups.setdefault(shot.pixels.shape, []).append(index)
+    return list(groups.values())
+
+
+def good(results: Mapping[int, Result | Failure]) -> dict[int, Result]:
+    """Only what could be measured."""
+    return {key: one for key, one in results.items() if not isinstance(one, Failure)}
+
+
+class Asker:
+    """Answers questions with one loaded model.
+
+    Args:
+        model: the target.
+        batcher: how to batch; remembers what fits into memory.
+        seed: of the run.
+    """
+
+    def __init__(self, model: LVLM, batcher: Batcher, seed: int) -> None:
+        self.model = model
+        self.batcher = batcher
+        self._seed = seed
+        self._methods: dict[tuple[str, str], Any] = {}
+        self._maps: dict[tuple[int, int], Any] = {}
+
+    def instance(self, method: Method) -> Any:  # noqa: ANN401 - an instance of any method
+        """The method itself, constructed once."""
+        key = (method.kind, method.label)
+        if key not in self._methods:
+            self._methods[key] = method.create()
+        return self._methods[key]
+
+    def each(
+        self,
+        shots: Mapping[int, Shot],
+        function: Callable[[Sequence[int]], Sequence[Result]],
+        where: str,
+    ) -> dict[int, Result | Failure]:
+        """Apply a function to batches of indices whose pictures have one size."""
+        found: dict[int, Result | Failure] = {}
+        for indices in of_one_size(shots):
+            results = self.batcher.map(
+                indices, function, where, names=lambda index: shots[index].sample.id
+            )
+            found.update(zip(indices, results, strict=True))
+        return found
+
+    def ask(
+        self,
+        shots: Mapping[int, Shot],
+        compression: Method | None,
+        defense: Method,
+        where: str,
+        forced: Mapping[int, Selection] | None = None,
+    ) -> Replies:
+        """Answer the question of each shot.
+
+        Args:
+            shots: by index.
+            compression: None for all visual tokens.
+            defense: in front of the model.
+            where: what is being done, for the record of errors.
+            forced: selections to impose instead of the compressor's own, by index.
+        """
+
+        def reply(indices: Sequence[int]) -> list[Reply]:
+            chosen = [shots[index] for index in indices]
+            imposed = None if forced is None else [forced[index] for index in indices]
+            answered = self._answer(chosen, compression, defense, imposed)
+            return [_reply(answered, row, shot.sample) for row, shot in enumerate(chosen)]
+
+        return self.each(shots, reply, where)
+
+    def _answer(
+        self,
+        shots: Sequence[Shot],
+        compression: Method | None,
+        defense: Method,
+        forced: Sequence[Selection] | None,
+    ) -> Answered:
+        images = self.images(shots)
+        if defense.type != "none":
+            seeds = self._seeds(defense, shots)
+            images = self.instance(defense)(images, seeds)
+        questions = [shot.sample.question for shot in shots]
+        if compression is None:
+            return self.model.answer(images, questions)
+        return self.model.answer(
+            images,
+            questions,
+            compressor=self.instance(compression),
+            kept=forced,
+            # A compressor that draws draws the same for the clean and the attacked image.
+            seeds=self._seeds(compression, shots),
+        )
+
+    def _seeds(self, method: Method, shots: Iterable[Shot]) -> list[int]:
+        what = digest(method.spec)[:12]
+        return [seed_of(self._seed, what, shot.sample.id) for shot in shots]
+
+    def images(self, shots: Sequence[Shot]) -> Tensor:
+        """Pictures of one size as a batch on the model's device."""
+        return to_tensor([shot.pixels for shot in shots]).to(self.model.device)
+
+    def evidence(self, shot: Shot) -> Bools | None:
+        """Tokens that show what the question asks about: bool ``[V]``; None if unknown."""
+        if not shot.sample.evidence:
+            return None
+        size = (shot.pixels.shape[0], shot.pixels.shape[1])
+        if size not in self._maps:
+            view = self.model.view(Knowledge.NONE)
+            self._maps[size] = token_map(view.token_mask_to_pixels, self.model.tokens, size)
+        return evidence_tokens(self._maps[size], self.model.tokens, shot.sample.evidence)
+
+
+def _reply(answered: Answered, row: int, sample: Sample) -> Reply:
+    text = answered.texts[row]
+    kept = None
+    if answered.kept is not None and answered.score is not None:
+        kept = Kept(
+            kept=np.asarray(answered.kept[row].cpu().numpy(), dtype=bool),
+            score=np.asarray(answered.score[row].detach().double().cpu().numpy()),
+        )
+    return Reply(
+        answer=Answer(text=text, correct=is_correct(text, sample)),
+        kept=kept,
+        selection=answered.selection[row] if answered.selection is not None else None,
+        seconds=answered.seconds / len(answered.texts),
+    )

@@ -1,0 +1,281 @@
+"""What commands print: verdict first, then the table, what to beware of, the files, what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from redteam.errors import RedteamError
+from reports.text import count, epsilon_text, plain
+from reports.verdict import ExitCode, Verdict
+
+if TYPE_CHECKING:
+    from redteam.doctor import Finding
+    from redteam.plan import Plan
+    from redteam.runner import Finished
+    from redteam.scenario import Scenario
+    from reports import Built
+
+_WIDE: Final = 180
+"""Columns where there is no terminal: nobody wants a wrapped table in a log."""
+_STYLES: Final = {
+    Verdict.PASS: "bold green",
+    Verdict.FAIL: "bold red",
+    Verdict.INCONCLUSIVE: "bold yellow",
+    Verdict.NOT_GATED: "bold",
+}
+
+
+def stdout() -> Console:
+    """Console for results."""
+    return _console(stderr=False)
+
+
+def stderr() -> Console:
+    """Console for progress and messages."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, markup=False, width=_WIDE)
+    return console
+
+
+def write_json(data: object) -> None:
+    """JSON to standard output, and nothing else."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    stdout().file.write(text + "\n")
+
+
+def show_run(finished: Finished, *, as_json: bool) -> None:
+    """The end of ``redteam run``."""
+    show_report(finished.folder, finished.built, as_json=as_json, interrupted=finished.interrupted)
+
+
+def show_report(folder: Path, built: Built, *, as_json: bool, interrupted: bool = False) -> None:
+    """Verdict, table, notes, files, and what to do next."""
+    if as_json:
+        code = ExitCode.INTERRUPTED if interrupted else built.exit_code
+        write_json(
+            {
+                "folder": str(folder),
+                "verdict": built.verdict.value,
+                "exit_code": int(code),
+                "headline": built.headline,
+                "why": built.why,
+                "files": [str(path) for path in (built.report, built.markdown, built.summary)],
+                "summary": json.loads(built.summary.read_text(encoding="utf-8")),
+            }
+        )
+        return
+    console = stdout()
+    console.print()
+    console.print(Text(built.headline, style=_STYLES[built.verdict]))
+    console.print(Text(built.why), soft_wrap=True)
+    console.print()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, numeric in zip(built.table.columns, built.table.numeric, strict=True):
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in built.table.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    console.print()
+    for note in built.notes:
+        console.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
+    for label, path in (
+        ("report", built.report),
+        ("summary", built.markdown),
+        ("data", built.summary),
+    ):
+        console.print(Text(f"{label:8} {path}"), soft_wrap=True)
+    console.print(Text(f"next     {_next(folder, built, interrupted)}"), soft_wrap=True)
+
+
+def _next(folder: Path, built: Built, interrupted: bool) -> str:
+    if interrupted or built.exit_code is ExitCode.INCOMPLETE:
+        return f"run the same command with --out {folder} to continue"
+    if built.verdict is Verdict.INCONCLUSIVE:
+        return "raise dataset.samples: more samples narrow the intervals"
+    if built.verdict is Verdict.NOT_GATED:
+        return "open the report; to decide pass or fail add gates: redteam init --from ci-gate"
+    return "open the report"
+
+
+def show_valid(scenario: Scenario) -> None:
+    """The end of ``redteam validate``."""
+    budgets = sum(len(attack.epsilons) for attack in scenario.attacks)
+    cells = len(scenario.targets) * len(scenario.compressions) * budgets * len(scenario.defenses)
+    samples = scenario.dataset.options.get("samples")
+    words = [
+        count(len(scenario.targets), "target"),
+        count(len(scenario.compressions), "compression"),
+        count(len(scenario.attacks), "attack"),
+        count(cells, "cell"),
+        f"{'all' if samples is None else format(samples, ',')} samples",
+        count(len(scenario.gates), "gate"),
+    ]
+    console = stdout()
+    console.print(f"{scenario.path} is valid: {', '.join(words)} (hash {scenario.hash})")
+
+
+def show_plan(plan: Plan, samples: int, *, as_json: bool) -> None:
+    """The end of ``redteam plan``."""
+    from redteam.cost import estimate
+    from redteam.progress import duration
+
+    found = estimate(plan, samples)
+    if as_json:
+        write_json(
+            {
+                "samples": found.samples,
+                "images": found.images,
+                "gradient_steps": found.gradients,
+                "answers": found.answers,
+                "rough_cpu_seconds": found.seconds,
+                "cells": [cell.model_dump(mode="json") for cell in plan.cells],
+            }
+        )
+        return
+    console = stdout()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (
+        ("target", "left"),
+        ("attack", "left"),
+        ("ε", "right"),
+        ("knows", "left"),
+        ("gradient steps", "right"),
+        ("evaluated on", "left"),
+    ):
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    for group in plan.groups:
+        table.add_row(
+            group.target.label,
+            group.attack.label,
+            epsilon_text(group.epsilon),
+            group.cells[0].cell.knowledge,
+            f"{group.gradients:,}",
+            ", ".join(dict.fromkeys(one.compression.label for one in group.cells)),
+        )
+    console.print(table)
+    console.print()
+    console.print(
+        f"{count(len(plan.cells), 'cell')} on {count(samples, 'sample')}: "
+        f"{found.images:,} attacked images, {found.gradients:,} gradient steps, "
+        f"{found.answers:,} answers"
+    )
+    if found.seconds is None:
+        console.print("how long is not known for this target: try --limit 4 and multiply")
+    else:
+        console.print(f"roughly {duration(found.seconds)} on a CPU with two cores")
+
+
+def show_listing(what: str, *, as_json: bool) -> None:
+    """The end of ``redteam list``."""
+    rows = _metrics() if what == "metrics" else _methods(what)
+    if as_json:
+        write_json(rows)
+        return
+    console = stdout()
+    for row in rows:
+        console.print(Text(row["name"], style="bold") + Text(f"  {row['summary']}"), soft_wrap=True)
+        for option in row.get("options", ()):
+            default = "required" if option["required"] else f"default {_yaml(option['default'])}"
+            line = f"    {option['name']}: {option['allowed']}; {default}"
+            console.print(Text(line), soft_wrap=True)
+            if option["help"]:
+                console.print(Text(f"        {option['help']}", style="dim"), soft_wrap=True)
+
+
+def _yaml(value: object) -> str:
+    return str(json.dumps(value)) if not isinstance(value, str) else value
+
+
+def _metrics() -> list[dict[str, Any]]:
+    from reports.registry import METRICS
+
+    return [
+        {
+            "name": one.name,
+            "title": one.title,
+            "summary": one.definition,
+            "over": one.denominator,
+            "better": one.better,
+            "interval": one.kind,
+            "source": one.source,
+        }
+        for one in METRICS.values()
+    ]
+
+
+def _methods(kind: str) -> list[dict[str, Any]]:
+    from redteam.annotations import describe
+    from redteam.catalog import KINDS, entries
+    from redteam.signature import REQUIRED, signature
+
+    (found,) = (one for one in KINDS if one == kind)
+    rows = []
+    for entry in entries(found).values():
+        read = signature(entry)
+        rows.append(
+            {
+                "name": entry.name,
+                "summary": read.summary,
+                "class": entry.value,
+                "package": entry.package or "redteam",
+                "knowledge": read.facts.get("knowledge"),
+                "options": [
+                    {
+                        "name": option.name,
+                        "allowed": describe(option.annotation),
+                        "required": option.default is REQUIRED,
+                        "default": None if option.default is REQUIRED else option.default,
+                        "help": option.help,
+                    }
+                    for option in read.options.values()
+                ],
+            }
+        )
+    return rows
+
+
+def show_findings(findings: list[Finding]) -> ExitCode:
+    """The end of ``redteam doctor``; INCOMPLETE if something keeps redteam from running."""
+    console = stdout()
+    styles = {"ok": "green", "note": "yellow", "broken": "bold red"}
+    for finding in findings:
+        console.print(
+            Text(f"{finding.state:7}", style=styles[finding.state])
+            + Text(f"{finding.what}: {plain(finding.detail)}"),
+            soft_wrap=True,
+        )
+        if finding.remedy:
+            console.print(Text(f"       → {finding.remedy}"), soft_wrap=True)
+    broken = any(finding.state == "broken" for finding in findings)
+    return ExitCode.INCOMPLETE if broken else ExitCode.PASS
+
+
+def write_template(path: Path, template: str, *, force: bool) -> None:
+    """The end of ``redteam init``.
+
+    Raises:
+        RedteamError: if the file exists or cannot be written, or there is no such template.
+    """
+    from redteam.scenario import find_scenario
+
+    text = find_scenario(template).read_text(encoding="utf-8")
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RedteamError(f"{path} exists; give another name, or --force to overwrite") from error
+    except OSError as error:
+        raise RedteamError(f"{path} cannot be written: {error.strerror}") from error
+    console = stdout()
+    console.print(f"wrote {path}; next: redteam validate {path}, then: redteam run {path}")

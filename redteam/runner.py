@@ -1,0 +1,175 @@
+"""Carry out a scenario: prepare, run unit by unit, record, report; stop and resume cleanly."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from redteam import provenance
+from redteam.datasets.base import Samples
+from redteam.engines.local import LocalEngine
+from redteam.plan import Plan, WorkUnit, make_plan
+from redteam.scenario import Scenario
+from reports import Built, build_reports
+from reports.errors import ResumeMismatch
+from reports.records import Manifest, Trial
+from reports.store import MANIFEST, RunStore, differences
+
+
+class Watcher(Protocol):
+    """Sees a run go by; `redteam.progress` shows it to people."""
+
+    def prepared(self, folder: Path, units: list[WorkUnit], resumed: int) -> None:
+        """Everything is ready; `resumed` trials are there already."""
+        ...
+
+    def finished(self, unit: WorkUnit, trials: list[Trial]) -> None:
+        """A unit is on the disk."""
+        ...
+
+    def say(self, message: str) -> None:
+        """Something the user should know now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that ended.
+
+    Attributes:
+        folder: the run folder.
+        built: its reports and the verdict.
+        interrupted: whether the user stopped it.
+    """
+
+    folder: Path
+    built: Built
+    interrupted: bool
+
+
+def default_folder(scenario: Scenario) -> Path:
+    """``runs/<name>-<time>-<hash>``, time in UTC."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{scenario.name}-{stamp}-{scenario.hash[:8]}"
+
+
+def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
+    """Run a scenario into a folder; continue if the folder holds this run already.
+
+    Nothing is written before the scenario, the data and every target have been found usable.
+
+    Args:
+        scenario: checked.
+        folder: a new or empty one, or that of an earlier run of the same scenario.
+        watcher: told what happens.
+
+    Raises:
+        RedteamError: if the scenario cannot be run.
+        StoreError: if the folder cannot be used, or holds another run (`ResumeMismatch`).
+    """
+    plan = make_plan(scenario)
+    samples: Samples = scenario.dataset.create().open()
+    manifest = make_manifest(plan, samples, {})
+    if (folder / MANIFEST).exists():
+        units = _resumable(folder, manifest, plan, len(samples))
+        if not units:
+            return Finished(folder, build_reports(folder), interrupted=False)
+    engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say)
+    identity = engine.prepare()
+    manifest = make_manifest(
+        plan,
+        samples,
+        provenance.collect(engine.device, identity, scenario.engine.model_dump()),
+    )
+    with RunStore.create_or_open(folder, manifest, scenario.text) as store:
+        interrupted = _execute(plan, samples, engine, store, watcher)
+    return Finished(folder, build_reports(folder), interrupted)
+
+
+def make_manifest(plan: Plan, samples: Samples, made_with: dict[str, Any]) -> Manifest:
+    """What is asked for, as the run folder keeps it."""
+    scenario = plan.scenario
+    return Manifest(
+        name=scenario.name,
+        description=scenario.description,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        scenario=scenario.resolved(),
+        scenario_hash=scenario.hash,
+        seed=scenario.seed,
+        cells=plan.cells,
+        samples=list(samples.ids),
+        gates=list(scenario.gates),
+        provenance=made_with,
+    )
+
+
+def pending(plan: Plan, ids: tuple[str, ...], store: RunStore) -> list[WorkUnit]:
+    """Units with a trial that is missing or ended in an error."""
+    done = store.done(errors=False)
+    return [
+        unit
+        for unit in plan.units(len(ids))
+        if any(
+            (one.cell.id, ids[index]) not in done
+            for index in unit.samples
+            for one in unit.group.cells
+        )
+    ]
+
+
+def _resumable(folder: Path, manifest: Manifest, plan: Plan, count: int) -> list[WorkUnit]:
+    """What is left of a run, refused before any model is loaded if it is another run."""
+    store = RunStore.read(folder)
+    changed = differences(store.manifest, manifest.model_copy(update={"provenance": {}}))
+    if changed:
+        raise ResumeMismatch(folder, changed)
+    return pending(plan, tuple(manifest.samples[:count]), store)
+
+
+def _execute(
+    plan: Plan, samples: Samples, engine: LocalEngine, store: RunStore, watcher: Watcher
+) -> bool:
+    """Run what is missing; True if the user stopped it."""
+    units = pending(plan, samples.ids, store)
+    done = store.done(errors=False)
+    watcher.prepared(store.folder, units, len(done))
+    with _stoppable(watcher.say) as stop:
+        for unit in units:
+            if stop():
+                return True
+            # A unit that is half recorded is made again whole, because its images depend on
+            # nothing else; only what is missing is appended.
+            trials = engine.execute(unit, store)
+            store.append(trial for trial in trials if (trial.cell, trial.sample) not in done)
+            watcher.finished(unit, trials)
+    return stop() and bool(pending(plan, samples.ids, store))
+
+
+@contextmanager
+def _stoppable(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C (or SIGTERM) finish the unit; a second one stops at once."""
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        say("stopping after this unit; press Ctrl-C again to stop now")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,145 @@
+"""From what was measured to a `Trial`, the record everything else is computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from redteam.diagnosis import compare, judge
+from redteam.pictures import distance
+from reports.records import Answers, Cell, Swap, Tokens, Trial
+
+if TYPE_CHECKING:
+    from redteam.batching import Failure
+    from redteam.datasets.base import Sample
+    from redteam.diagnosis import Bools
+    from redteam.evaluation import Reply, Shot
+
+
+@dataclass(frozen=True, slots=True)
+class Attacked:
+    """An attacked image.
+
+    Attributes:
+        shot: as saved and read back.
+        clean: what it was made from.
+        loss: trace of the attack.
+        checks: self-checks that fired, and the attack's notes.
+        seed: it was made with.
+        seconds: this sample's share of the attack.
+    """
+
+    shot: Shot
+    clean: Shot
+    loss: list[float]
+    checks: tuple[str, ...]
+    seed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """Both halves of the swap test."""
+
+    recovered: Reply
+    """The attacked image with the clean kept set."""
+    reproduced: Reply
+    """The clean image with the attacked kept set."""
+
+
+def measured(
+    cell: Cell,
+    attacked: Attacked,
+    replies: tuple[Reply, ...],
+    swapped: Swapped | None,
+    grid: tuple[int, int],
+    evidence: Bools | None,
+    shared: int,
+) -> Trial:
+    """A trial that could be measured.
+
+    Args:
+        cell: it belongs to.
+        attacked: the image.
+        replies: clean full, clean compressed, attacked full, attacked compressed.
+        swapped: the swap test; None where there is nothing to diagnose.
+        grid: rows and columns of the visual tokens.
+        evidence: bool ``[V]``; None if unknown.
+        shared: cells that share the image, among which its cost is divided.
+    """
+    full, compressed, hit_full, hit = replies
+    sample, clean = attacked.shot.sample, attacked.clean
+    timings = {
+        "attack": attacked.seconds / shared,
+        "answers, attacked": hit_full.seconds / shared + hit.seconds,
+        "swap test": swapped.recovered.seconds + swapped.reproduced.seconds if swapped else 0.0,
+    }
+    return Trial(
+        cell=cell.id,
+        sample=sample.id,
+        image=sample.image_id,
+        kind=sample.kind,
+        question=sample.question,
+        truth=sample.answer,
+        seed=attacked.seed,
+        answers=Answers(
+            clean_full=full.answer,
+            clean_compressed=compressed.answer,
+            attacked_full=hit_full.answer,
+            attacked_compressed=hit.answer,
+        ),
+        tokens=_tokens(compressed, hit, grid, evidence),
+        swap=_swap(swapped),
+        distance=distance(clean.pixels, attacked.shot.pixels),
+        clean_png=clean.png,
+        attacked_png=attacked.shot.png,
+        loss=attacked.loss,
+        checks=list(attacked.checks),
+        timings={name: round(seconds, 6) for name, seconds in timings.items()},
+    )
+
+
+def _tokens(
+    clean: Reply, attacked: Reply, grid: tuple[int, int], evidence: Bools | None
+) -> Tokens | None:
+    if clean.kept is None or attacked.kept is None:
+        return None
+    return compare(clean.kept, attacked.kept, grid, evidence)
+
+
+def _swap(swapped: Swapped | None) -> Swap | None:
+    if swapped is None:
+        return None
+    recovered = swapped.recovered.answer.correct
+    reproduced = not swapped.reproduced.answer.correct
+    return Swap(
+        recovered=recovered,
+        reproduced=reproduced,
+        recovered_text=swapped.recovered.answer.text,
+        reproduced_text=swapped.reproduced.answer.text,
+        diagnosis=judge(recovered=recovered, reproduced=reproduced),
+    )
+
+
+def unmeasured(cell: Cell, name: str, clean: Shot | None, seed: int, failure: Failure) -> Trial:
+    """A trial that ended in an error: never a finding.
+
+    Args:
+        cell: it belongs to.
+        name: id of the sample.
+        clean: the clean picture; None if it could not be read.
+        seed: the image would have been made with.
+        failure: what went wrong.
+    """
+    sample: Sample | None = clean.sample if clean is not None else None
+    return Trial(
+        cell=cell.id,
+        sample=name,
+        image=sample.image_id if sample else name,
+        kind=sample.kind if sample else "",
+        question=sample.question if sample else "",
+        truth=sample.answer if sample else "",
+        seed=seed,
+        clean_png=clean.png if clean is not None else None,
+        error=failure.error,
+    )
