@@ -139,8 +139,8 @@ def answer_loss(logits: Tensor, batch: Packed) -> Tensor:
 def ranking_loss(reading: Read, batch: Packed, band: tuple[float, float] | None = None) -> Tensor:
     """-log of the ranking attention's mass on the evidence, over questions that have evidence.
 
-    With a band (low, high) the log mass is only pulled into it, from below and from above: attention
-    that puts all its mass on the evidence is nothing a large model does, and hard to attack.
+    With a band (low, high) the log mass is only pulled into it, from below and from above:
+    attention with all its mass on the evidence is nothing a large model does, and hard to attack.
     """
     places = reading.kept[:, None].expand(-1, batch.evidence.shape[1], -1)
     evidence = batch.evidence.gather(2, places.clamp(min=0)) & (places >= 0)

@@ -13,8 +13,8 @@ to list what is there; it stands in for CLIP pre-training and makes CLS attentio
 - *token drop*: batches with fewer visual tokens, chosen around the objects, by CLS rank, or by the
   ranking attention at layer K, so that answers do not depend on how much background there is.
 
-*Adapt*: a short last stage adds pictures whose tokens are merged and renumbered as VisionZip does, and
-relaxes the supervised attention to a band: the joint stage leaves nearly all of its mass on the
+*Adapt*: a short last stage adds pictures whose tokens are merged and renumbered as VisionZip does,
+and relaxes the supervised attention to a band: the joint stage leaves nearly all of its mass on the
 evidence, which no large model does.
 
 All of it is training only; the checkpoint is a plain `LlavaForConditionalGeneration`.
@@ -83,7 +83,7 @@ class Recipe:
     joint_steps: int = 8_000
     vision_lr: float = 1e-3
     joint_lr: float = 1e-3
-    adapt_steps: int = 1_500
+    adapt_steps: int = 600
     adapt_lr: float = 3e-4
     merged: float = 0.4
     band: tuple[float, float] = (0.5, 0.7)
