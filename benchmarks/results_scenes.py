@@ -55,7 +55,7 @@ def _head(summary: dict[str, Any], manifest: dict[str, Any]) -> str:
 Made by `python benchmarks/results_scenes.py`, which runs `{SCENARIO}`; do not edit.
 
 {samples} samples of the held-out test split, one question a picture; seed {manifest["seed"]};
-device {device}; {manifest["created"]}. 95 % intervals in brackets: Wilson for rates, paired bootstrap by
+device {device}; {manifest["created"]}. 95 % intervals: Wilson for rates, paired bootstrap by
 picture for CSG. Attack options were chosen on the validation split. What the columns mean:
 [metrics.md](../metrics.md). The target is a tiny model of a drawn world; nothing here says how a
 large model behaves.
