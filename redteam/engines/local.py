@@ -57,7 +57,10 @@ class LocalEngine:
         from targets.loading import resolve_device
 
         self._plan, self._samples, self._warn = plan, samples, warn
-        self.device = str(resolve_device(device))
+        try:
+            self.device = str(resolve_device(device))
+        except TargetError as error:
+            raise PlanError(f"engine.device: {error}") from error
         self._batcher = Batcher(plan.scenario.engine.batch_size, warn)
         self._asker: Asker | None = None
         self._loaded = ""

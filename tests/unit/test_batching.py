@@ -1,0 +1,115 @@
+"""One bad sample costs itself only; a full memory costs speed only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from redteam.batching import Batcher, Failure, failure
+from redteam.provenance import command_line, scrub
+
+
+class Blaming(Exception):
+    def __init__(self, *sample_ids: str) -> None:
+        super().__init__("bad samples")
+        self.sample_ids = sample_ids
+
+
+def outcome(results: Sequence[int | Failure]) -> list[int | str]:
+    return [one.error.type if isinstance(one, Failure) else one for one in results]
+
+
+def test_all_is_well() -> None:
+    calls: list[int] = []
+
+    def double(batch: Sequence[int]) -> list[int]:
+        calls.append(len(batch))
+        return [2 * item for item in batch]
+
+    assert Batcher(4).map(range(10), double, "doubling") == [2 * i for i in range(10)]
+    assert calls == [4, 4, 2]
+
+
+@pytest.mark.parametrize("blames", [True, False])
+def test_bad_samples_are_set_aside(blames: bool) -> None:
+    calls = 0
+
+    def picky(batch: Sequence[int]) -> list[int]:
+        nonlocal calls
+        calls += 1
+        bad = [str(item) for item in batch if item in (2, 5)]
+        if bad:
+            raise Blaming(*bad) if blames else ValueError("bad")
+        return list(batch)
+
+    wrong = "Blaming" if blames else "ValueError"
+    results = Batcher(8).map(range(8), picky, "picking")
+    assert outcome(results) == [0, 1, wrong, 3, 4, wrong, 6, 7]
+    assert calls == (2 if blames else 9), "blamed samples are not tried again"
+    bad = results[2]
+    assert isinstance(bad, Failure)
+    assert bad.error.where == "picking"
+    assert "picky" in bad.error.traceback
+
+
+def test_a_blame_on_everybody_is_tried_one_by_one() -> None:
+    def grumpy(batch: Sequence[int]) -> list[int]:
+        if len(batch) > 1:
+            raise Blaming(*map(str, batch))
+        return list(batch)
+
+    assert Batcher(3).map(range(3), grumpy, "x") == [0, 1, 2]
+
+
+def test_memory_halves_the_batch_for_good() -> None:
+    warnings: list[str] = []
+    sizes: list[int] = []
+
+    def hungry(batch: Sequence[int]) -> list[int]:
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(batch)
+
+    batcher = Batcher(16, warnings.append)
+    assert batcher.map(range(10), hungry, "x") == list(range(10))
+    assert sizes == [10, 5, 2, 2, 2, 2, 2]
+    assert batcher.size == 2
+    assert len(warnings) == 2
+    assert "going on with 2" in warnings[1]
+
+
+def test_memory_for_not_even_one() -> None:
+    def starving(batch: Sequence[int]) -> list[int]:
+        raise RuntimeError("DefaultCPUAllocator: out of memory")
+
+    assert outcome(Batcher(2).map(range(2), starving, "x")) == ["RuntimeError"] * 2
+
+
+def test_too_few_results_are_an_error() -> None:
+    assert outcome(Batcher(2).map([1, 2], lambda batch: batch[1:], "x")) == ["RuntimeError"] * 2
+
+
+def test_interrupts_pass() -> None:
+    def stop(batch: Sequence[int]) -> list[int]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Batcher(2).map([1], stop, "x")
+
+
+def test_no_private_path_is_recorded() -> None:
+    home = str(Path.home())
+    try:
+        raise OSError(f"cannot read {home}/secret.txt")
+    except OSError as error:
+        found = failure(error, "reading").error
+    assert home not in found.message
+    assert str(Path(__file__).parents[2]) not in found.traceback
+    assert "test_batching.py" in found.traceback
+    assert scrub(f"{home}/x") == "~/x"
+    line = command_line(["run", "/a/b/c.yaml", "--set", "x=a b"])
+    assert line == "redteam run '…/c.yaml' --set 'x=a b'"
