@@ -140,9 +140,54 @@ def test_visionzip_score_is_the_slice_of_eager_attention(feature_layer: int) -> 
     assert torch.allclose(session.trace.score, truth, rtol=0, atol=1e-6)
 
 
+def by_hand(model: Any, ids: list[int], pixels: Tensor, one: Compressor, kept: Tensor) -> Tensor:
+    """Logits of a whole sequence of one row, without cache, mask or session.
+
+    The layers are called one after the other; at the cut the columns are picked out, and position
+    ids written down anew.
+    """
+    row, text = torch.tensor([ids]), model.model.language_model
+    tower = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+    features, first = tower[0, 1:], ids.index(4)
+    places = (kept.nonzero().flatten() + first).tolist()
+    positions = list(range(len(ids)))
+    if one.name == "visionzip":
+        merged, targets = merged_by_hand(model, pixels, tower[0], kept)
+        features = torch.cat([merged, torch.zeros(tiny.TOKENS - len(merged), 32)])
+        for slot, place in enumerate([first, *places, *(first + t for t in targets)]):
+            positions[first + slot] = place
+        places = list(range(first, first + len(merged)))
+    hidden = model.get_input_embeddings()(row)
+    hidden[0, first : first + tiny.TOKENS] = model.model.multi_modal_projector(features)
+    survive = [*range(first), *places, *range(first + tiny.TOKENS, len(ids))]
+    for number, layer in enumerate(text.layers):
+        if number == (one.prunes_at or 0):
+            hidden, positions = hidden[:, survive], [positions[i] for i in survive]
+            if one.reindexes:
+                positions = list(range(len(survive)))
+        rope = text.rotary_emb(hidden, torch.tensor([positions]))
+        length = hidden.shape[1]
+        causal = torch.full((1, 1, length, length), torch.finfo(hidden.dtype).min).triu(1)
+        hidden = layer(hidden, attention_mask=causal, position_embeddings=rope)
+    return model.lm_head(text.norm(hidden))
+
+
+def test_equals_calling_the_layers_by_hand(model: Any, compressor: Compressor) -> None:
+    """An independent road for prefill and every decoding step, position ids included."""
+    images = tiny.pictures(3)
+    with compress(model, compressor, seeds=(3, 4, 5)) as session:
+        ours = decode(model, tiny.QUESTIONS, images)
+    for row, question in enumerate(tiny.QUESTIONS):
+        ids = tiny.rendered(question) + ours[row, :-1].argmax(-1).tolist()
+        pixels = tiny.normalised(images[row : row + 1])
+        with torch.no_grad():
+            truth = by_hand(model, ids, pixels, compressor, session.trace.kept[row])
+        assert torch.allclose(ours[row], truth[0, -STEPS:], **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["visionzip", "divprune"])
 def test_pruning_before_the_model_equals_a_shorter_prompt(sdpa: Any, name: str) -> None:
-    """An independent road: compressed features behind a shortened run of placeholders."""
+    """Another road: compressed features behind a shortened run of placeholders."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     compressor, pixels = tiny.COMPRESSORS[name], tiny.normalised(tiny.pictures(2))
@@ -155,24 +200,24 @@ def test_pruning_before_the_model_equals_a_shorter_prompt(sdpa: Any, name: str) 
         features = tower[:, 1:][kept].view(2, tiny.QUARTER, -1)
     else:
         features = torch.stack(
-            [merged_by_hand(sdpa, pixels[i : i + 1], tower[i], kept[i]) for i in range(2)]
+            [merged_by_hand(sdpa, pixels[i : i + 1], tower[i], kept[i])[0] for i in range(2)]
         )
     projected = sdpa.model.multi_modal_projector(features)
     first = int((ids[0] == 4).nonzero()[0])
-    short = torch.cat(
-        [ids[:, : first + tiny.QUARTER], ids[:, first + tiny.TOKENS :]], 1
-    )  # contiguous positions: the reindexed form
+    cut = [ids[:, : first + tiny.QUARTER], ids[:, first + tiny.TOKENS :]]
     with torch.no_grad():
         truth = sdpa(
-            input_ids=short,
+            input_ids=torch.cat(cut, 1),  # contiguous positions: the reindexed form
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(projected))},
         ).logits
     assert ours.shape == truth.shape
     assert torch.allclose(ours, truth, **CLOSE)
 
 
-def merged_by_hand(model: Any, pixels: Tensor, hidden: Tensor, kept: Tensor) -> Tensor:
-    """[CLS, dominant, contextual] of one image, token by token."""
+def merged_by_hand(
+    model: Any, pixels: Tensor, hidden: Tensor, kept: Tensor
+) -> tuple[Tensor, list[int]]:
+    """[CLS, dominant, contextual] of one image, token by token, and the targets."""
     attention = model.model.vision_tower.encoder.layers[-1].self_attn
     before = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
     normed = model.model.vision_tower.encoder.layers[-1].layer_norm1(before)
@@ -187,7 +232,7 @@ def merged_by_hand(model: Any, pixels: Tensor, hidden: Tensor, kept: Tensor) -> 
             near = [float(torch.cosine_similarity(keys[i], keys[t], dim=0)) for t in targets]
             joined[targets[near.index(max(near))]].append(patches[i])
     made = [patches[t] + (sum(joined[t]) / len(joined[t]) if joined[t] else 0) for t in targets]
-    return torch.stack([hidden[0], *patches[kept], *made])
+    return torch.stack([hidden[0], *patches[kept], *made]), targets
 
 
 def test_forced_selection_is_obeyed(model: Any, compressor: Compressor) -> None:
@@ -291,6 +336,7 @@ def test_nothing_stays_behind(sdpa: Any, compressor: Compressor, mode: Any) -> N
         decode(sdpa, tiny.QUESTIONS, tiny.pictures(3))
         assert hooks(sdpa) > before
     assert (hooks(sdpa), set(sdpa.__dict__)) == (before, names)
+    assert "generate" not in sdpa.__dict__
 
 
 @pytest.mark.parametrize(
@@ -318,6 +364,7 @@ def test_hooks_go_when_the_model_fails(sdpa: Any, compressor: Compressor, where:
     finally:
         handle.remove()
     assert (hooks(sdpa), set(sdpa.__dict__)) == (before, names)
+    assert "generate" not in sdpa.__dict__
     assert torch.equal(plain, decode(sdpa, tiny.QUESTIONS, tiny.pictures(3)))
 
 
@@ -460,3 +507,22 @@ def test_stages_are_where_they_say() -> None:
     assert stages["divprune"] is stages["uniform"] is stages["random"] is Stage.INPUT
     assert stages["visionzip"] is Stage.VISION
     assert replace(tiny.COMPRESSORS["random"], layer=0).stage is Stage.LAYER
+
+
+def test_layers_never_see_position_ids(sdpa: Any, compressor: Compressor) -> None:
+    """FlashAttention would take position ids with gaps for packed sequences."""
+    seen = []
+
+    def spy(_: object, args: object, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"])
+
+    layers = sdpa.model.language_model.layers
+    handles = [one.self_attn.register_forward_pre_hook(spy, with_kwargs=True) for one in layers]
+    try:
+        with compress(sdpa, compressor):
+            decode(sdpa, tiny.QUESTIONS, tiny.pictures(3))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == 4 * STEPS
+    assert set(seen) == {None}
