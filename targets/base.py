@@ -121,7 +121,7 @@ class CompressedView(EncoderView, Protocol):
 
 @runtime_checkable
 class WhiteBoxView(CompressedView, Protocol):
-    """Knowledge.WHITE_BOX: the whole model; `rank` and path="compressed" need a known compressor."""
+    """Knowledge.WHITE_BOX: the whole model; `rank` and the compressed path need a compressor."""
 
     def answer_nll(
         self,
@@ -132,7 +132,7 @@ class WhiteBoxView(CompressedView, Protocol):
         path: Path = "full",
         straight_through: bool = False,
     ) -> Tensor:
-        """Mean negative log-likelihood of the answer's tokens (end token included), ``[B]``.
+        """Mean negative log-likelihood of the answer's tokens, ``[B]``; end token included.
 
         Args:
             images: ``[B, 3, H, W]`` in [0, 1].
@@ -152,7 +152,7 @@ class WhiteBoxView(CompressedView, Protocol):
         *,
         path: Path = "full",
     ) -> tuple[Tensor, Tensor]:
-        """Teacher-forced log-probabilities ``[B, A, vocabulary]`` and their bool mask ``[B, A]``."""
+        """Teacher-forced log-probabilities ``[B, A, vocabulary]``, their bool mask ``[B, A]``."""
         ...
 
     def full_and_rank(

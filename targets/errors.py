@@ -1,4 +1,4 @@
-"""Errors raised below `targets`; each message says what, where, the value, what is allowed, what to do."""
+"""Errors of `targets`; a message says what, where, the value, what is allowed, what to do."""
 
 
 class TargetError(Exception):

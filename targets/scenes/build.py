@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -184,7 +184,7 @@ def _positions(frequencies: Tensor) -> Tensor:
     return torch.cat(waves, dim=1)
 
 
-def _look_at_neighbours(attention: nn.Module, frequencies: Tensor, *, first: int) -> None:
+def _look_at_neighbours(attention: Any, frequencies: Tensor, *, first: int) -> None:  # noqa: ANN401 - transformers is untyped
     """Set q and k so that head h looks at neighbour ``first + h`` through the position features.
 
     Keys copy a selection of the waves; queries copy them rotated by the offset, so that their

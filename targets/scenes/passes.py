@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +238,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _ranking(
-    layer: nn.Module,
+    layer: Any,  # noqa: ANN401 - a decoder layer; transformers is untyped
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor],
     visible: Tensor,
@@ -260,7 +260,8 @@ def _ranking(
     seen = visible.gather(1, rows[..., None].expand(-1, -1, visible.shape[-1]))
     scores = (q @ k.transpose(-1, -2)) * attention.scaling
     weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-    return weights.mean(1)[:, :, 1 : 1 + image_tokens]
+    ranking: Tensor = weights.mean(1)[:, :, 1 : 1 + image_tokens]
+    return ranking
 
 
 def _late_scores(

@@ -161,7 +161,8 @@ class Trainer:
 
         def step(batch: Packed, _: float) -> tuple[Tensor, dict[str, float]]:
             seen = passes.see(self.model, self._augment(batch.images))
-            return self.heads(seen.hidden, batch.patches)
+            loss, report = self.heads(seen.hidden, batch.patches)
+            return loss, report
 
         self._run("vision", parameters, self.recipe.vision_steps, self.recipe.vision_lr, step)
         self.save()
@@ -222,7 +223,7 @@ class Trainer:
         if self._chance() < 0.3 + 0.3 * progress:
             return passes.Options(blocked=blocked)
         keep = (24, 36, 36, 48, 72, 100)[int(self._chance() * 6)]
-        drop: passes.Drop = ("evidence", "evidence", "cls", "ranked")[int(self._chance() * 4)]  # type: ignore[assignment]
+        drop: passes.Drop = ("evidence", "evidence", "cls", "ranked")[int(self._chance() * 4)]
         return passes.Options(keep, drop, blocked)
 
     def _chance(self) -> float:
@@ -264,7 +265,7 @@ class Trainer:
                 group["lr"] = lr * scale
             loss, report = step(batch, progress)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             self.seen += len(batch)
