@@ -37,6 +37,12 @@ class InstallationError(RedteamError):
     exit_code = ExitCode.INCOMPLETE
 
 
+class NothingSelected(RedteamError):
+    """There is no sample to run on."""
+
+    exit_code = ExitCode.NOTHING_SELECTED
+
+
 class InterruptedRun(RedteamError):
     """The user stopped the run."""
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Final
 
 from redteam.findings import Findings
 from redteam.validation import Raw
+
+UNVERIFIED: Final = "unverified"
+"""Part of every defence's label while attacks do not adapt to defences."""
 
 
 def assign_labels(methods: Sequence[Raw], findings: Findings) -> list[str]:
@@ -41,6 +44,8 @@ def _short(method: Raw) -> str:
             return str(options["checkpoint"])
         model = str(options.get("model", ""))
         return PurePath(model).name[:48] or method.type
+    if method.kind == "defenses" and method.type != "none":
+        return f"{method.type} ({UNVERIFIED})"
     if method.kind != "compressors":
         return method.type
     parts = [method.type]

@@ -56,10 +56,23 @@ def write_json(data: object) -> None:
 
 def show_run(finished: Finished, *, as_json: bool) -> None:
     """The end of ``redteam run``."""
-    show_report(finished.folder, finished.built, as_json=as_json, interrupted=finished.interrupted)
+    show_report(
+        finished.folder,
+        finished.built,
+        as_json=as_json,
+        interrupted=finished.interrupted,
+        notes=finished.notes,
+    )
 
 
-def show_report(folder: Path, built: Built, *, as_json: bool, interrupted: bool = False) -> None:
+def show_report(
+    folder: Path,
+    built: Built,
+    *,
+    as_json: bool,
+    interrupted: bool = False,
+    notes: tuple[str, ...] = (),
+) -> None:
     """Verdict, table, notes, files, and what to do next."""
     if as_json:
         code = ExitCode.INTERRUPTED if interrupted else built.exit_code
@@ -70,6 +83,7 @@ def show_report(folder: Path, built: Built, *, as_json: bool, interrupted: bool 
                 "exit_code": int(code),
                 "headline": built.headline,
                 "why": built.why,
+                "notes": [*notes, *built.notes],
                 "files": [str(path) for path in (built.report, built.markdown, built.summary)],
                 "summary": json.loads(built.summary.read_text(encoding="utf-8")),
             }
@@ -87,7 +101,7 @@ def show_report(folder: Path, built: Built, *, as_json: bool, interrupted: bool 
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     console.print()
-    for note in built.notes:
+    for note in (*notes, *built.notes):
         console.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
     for label, path in (
         ("report", built.report),

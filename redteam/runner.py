@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from redteam import provenance
 from redteam.datasets.base import Samples
 from redteam.engines.local import LocalEngine
+from redteam.errors import NothingSelected
 from redteam.plan import Plan, WorkUnit, make_plan
 from redteam.scenario import Scenario
 from reports import Built, build_reports
@@ -47,11 +48,13 @@ class Finished:
         folder: the run folder.
         built: its reports and the verdict.
         interrupted: whether the user stopped it.
+        notes: what a reader should know before trusting the table, beside those of `built`.
     """
 
     folder: Path
     built: Built
     interrupted: bool
+    notes: tuple[str, ...] = ()
 
 
 def default_folder(scenario: Scenario) -> Path:
@@ -76,11 +79,13 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
     """
     plan = make_plan(scenario)
     samples: Samples = scenario.dataset.create().open()
+    if not len(samples):
+        raise NothingSelected(str(scenario.dataset.problem("the data set holds no sample")))
     manifest = make_manifest(plan, samples, {})
     if (folder / MANIFEST).exists():
         units = _resumable(folder, manifest, plan, len(samples))
         if not units:
-            return Finished(folder, build_reports(folder), interrupted=False)
+            return Finished(folder, build_reports(folder), False, _notes(scenario))
     engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say)
     identity = engine.prepare()
     manifest = make_manifest(
@@ -90,7 +95,17 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
     )
     with RunStore.create_or_open(folder, manifest, scenario.text) as store:
         interrupted = _execute(plan, samples, engine, store, watcher)
-    return Finished(folder, build_reports(folder), interrupted)
+    return Finished(folder, build_reports(folder), interrupted, _notes(scenario))
+
+
+def _notes(scenario: Scenario) -> tuple[str, ...]:
+    names = ", ".join(one.label for one in scenario.defenses if one.type != "none")
+    if not names:
+        return ()
+    return (
+        f"attacks do not adapt to defences in this version, so results of {names} are "
+        "UNVERIFIED (upper bound).",
+    )
 
 
 def make_manifest(plan: Plan, samples: Samples, made_with: dict[str, Any]) -> Manifest:

@@ -138,7 +138,7 @@ class LocalEngine:
             try:
                 model.answer(
                     torch.full((1, 3, *size), 0.5, device=model.device),
-                    [self._samples[0].question],
+                    ["what is this ?"],
                     compressor=compression.create(),
                     seeds=[0],
                     max_new_tokens=1,

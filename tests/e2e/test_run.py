@@ -227,6 +227,66 @@ def test_a_plugin_that_breaks_on_one_sample(workplace: Workplace) -> None:
     assert len(ledger(workplace.folder / "run")) == CELLS * SAMPLES + 2
 
 
+DEFENSE = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from redteam import AdaptiveRoute, InputDefense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blind(InputDefense):
+    """Shows the model a grey wall.
+
+    Args:
+        level: of grey.
+    """
+
+    name: ClassVar[str] = "blind"
+    adaptive: ClassVar[AdaptiveRoute] = AdaptiveRoute.BPDA
+
+    level: float = 0.5
+
+    def transform(self, images, generators):
+        return images * 0 + self.level
+'''
+
+
+def test_a_defence_stands_in_front_of_both_images(workplace: Workplace) -> None:
+    workplace.plugin("blind_defense", DEFENSE, defenses="blind = blind_defense:Blind")
+    workplace.edit("gates:", "defenses: [{type: none}, {type: blind}]\ngates:")
+    workplace.edit("  - {type: pgd, steps: 3, epsilons: [32/255]}\n  - {type: caa, steps: 4}\n", "")
+    done = workplace.redteam("run", "scenario.yaml", "--out", "run", "--json")
+    assert done.returncode in (0, 1, 4), done.stderr
+    assert "UNVERIFIED (upper bound)" in json.loads(done.stdout)["notes"][0]
+    found = {(cell["compression"], cell["defense"]) for cell in cells(workplace.folder / "run")}
+    assert len(found) == 4
+    assert {defense for _, defense in found} == {"none", "blind (unverified)"}
+    manifest = json.loads((workplace.folder / "run" / "manifest.json").read_text())
+    blind = {cell["id"] for cell in manifest["cells"] if cell["defense"] != "none"}
+    for trial in ledger(workplace.folder / "run"):
+        answers = trial["answers"]
+        if trial["cell"] in blind:
+            assert answers["clean_full"]["text"] == answers["attacked_full"]["text"]
+            assert answers["clean_compressed"]["text"] == answers["attacked_compressed"]["text"]
+
+
+def test_no_sample_is_nothing_selected(workplace: Workplace) -> None:
+    source = (
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Void:\n"
+        '    """Nothing."""\n\n    name: ClassVar[str] = "void"\n'
+        "    def open(self):\n        return ()\n"
+    )
+    workplace.plugin("void_data", source, datasets="void = void_data:Void")
+    workplace.edit("{type: jsonl, path: data.jsonl}", "{type: void}")
+    done = workplace.redteam("run", "scenario.yaml", "--out", "run")
+    assert done.returncode == 5
+    assert "scenario.yaml:5:10: dataset: the data set holds no sample" in done.stderr
+    limited = workplace.redteam("validate", "scenario.yaml", "--limit", "2")
+    assert "no option `samples`" in limited.stderr
+
+
 REFUSED = {
     "layer": ("layer: 2", "layer: 9", "layer 9 does not exist"),
     "tokens": (
