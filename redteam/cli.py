@@ -99,8 +99,7 @@ def run(
     from redteam.output import stderr
 
     checked = _load(scenario, overrides, device=device, limit=limit, seed=seed)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quieten()
     folder = out
     try:
         console = stderr()
@@ -184,6 +183,7 @@ def doctor() -> None:
     from redteam.doctor import examine
     from redteam.output import show_findings
 
+    _quieten()
     raise typer.Exit(show_findings(examine()))
 
 
@@ -199,6 +199,12 @@ def init(
     from redteam.output import write_template
 
     write_template(path, template, force=force)
+
+
+def _quieten() -> None:
+    """Keep transformers from talking over us; whoever wants to hear it sets these."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _load(
