@@ -149,10 +149,16 @@ def flatten(value: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _options(spec: object) -> str:
-    """Options of a method in one line: ``fastv: layer 2, retention 0.25``."""
+    """Options of a method in one line: ``fastv: layer 2, retention 0.25``.
+
+    Options that are unset are left out; step sizes are written like budgets, ``alpha 4/255``.
+    """
     if not isinstance(spec, Mapping):
         return "" if spec is None else str(spec)
-    rest = ", ".join(f"{key} {value}" for key, value in flatten(spec) if key != "type")
+    given = {key: value for key, value in spec.items() if key != "type" and value is not None}
+    if isinstance(given.get("alpha"), float):
+        given["alpha"] = text.epsilon_text(given["alpha"])
+    rest = ", ".join(f"{key} {value}" for key, value in flatten(given)) if given else ""
     return f"{spec.get('type', '')}: {rest}".strip(": ") if rest else str(spec.get("type", ""))
 
 

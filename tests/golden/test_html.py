@@ -219,3 +219,11 @@ def test_the_terminal_table_leaves_out_what_never_changes(drawn: Path) -> None:
     assert len(built.table.rows) == 18
     assert all(len(row) == len(built.table.columns) for row in built.table.rows)
     assert built.verdict.value == "fail"
+
+
+def test_options_are_written_as_people_write_them() -> None:
+    from reports.html.render import _options
+
+    spec = {"type": "caa", "steps": 20, "alpha": 4 / 255, "promote": None}
+    assert _options(spec) == "caa: steps 20, alpha 4/255"
+    assert _options({"type": "noise", "border": None}) == "noise"
