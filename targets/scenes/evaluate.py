@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a scenes checkpoint.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=world.SPLITS, default="test")
-    parser.add_argument("--questions", type=int, default=1500)
+    parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--late", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write evaluation.json and the card")
     arguments = parser.parse_args()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from targets.families.base import rotate
 from targets.scenes import build, world
 from targets.scenes.packing import IGNORE, Packed
 
@@ -231,12 +232,6 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     )[:, None]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
-
-
 def _ranking(
     layer: Any,  # noqa: ANN401 - a decoder layer; transformers is untyped
     hidden: Tensor,
@@ -255,8 +250,9 @@ def _ranking(
     pick = rows[..., None].expand(-1, -1, cos.shape[-1])
     cos_all, sin_all = cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1)
     q = attention.q_proj(normed.gather(1, index)).view(heads).transpose(1, 2)
-    q = _rotate(q, cos_all.gather(1, pick), sin_all.gather(1, pick))
-    k = _rotate(attention.k_proj(normed).view(heads).transpose(1, 2), cos, sin)
+    q = rotate(q, cos_all.gather(1, pick)[:, None], sin_all.gather(1, pick)[:, None])
+    k = attention.k_proj(normed).view(heads).transpose(1, 2)
+    k = rotate(k, cos[:, None], sin[:, None])
     seen = visible.gather(1, rows[..., None].expand(-1, -1, visible.shape[-1]))
     scores = (q @ k.transpose(-1, -2)) * attention.scaling
     weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)

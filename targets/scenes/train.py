@@ -173,16 +173,9 @@ class Trainer:
 
         def step(batch: Packed, progress: float) -> tuple[Tensor, dict[str, float]]:
             seen = passes.see(self.model, self._augment(batch.images))
-            options = self._options(progress)
-            reading = passes.read(
-                self.model, seen, batch, options, recipe.shape.late, self.generator
-            )
-            answer = passes.answer_loss(reading.logits, batch)
-            ranking = passes.ranking_loss(reading, batch)
-            dense, report = self.heads(seen.hidden, batch.patches)
-            loss = answer + recipe.ranking * ranking + recipe.dense * (1 - 0.75 * progress) * dense
-            report |= {"answer": answer.item(), "ranking": ranking.item()}
-            return loss, report
+            loss, report = self._answer(batch, seen, self._options(progress))
+            dense, accuracy = self.heads(seen.hidden, batch.patches)
+            return loss + recipe.dense * (1 - 0.75 * progress) * dense, accuracy | report
 
         parameters = [*self.model.parameters(), *self.heads.parameters()]
         self._run("joint", parameters, recipe.joint_steps, recipe.joint_lr, step)
@@ -205,15 +198,24 @@ class Trainer:
             if self._chance() < recipe.merged:
                 keep = (24, 36, 36, 48, 72)[int(self._chance() * 5)]
                 options = passes.Options(keep, "merged", options.blocked)
-            reading = passes.read(
-                self.model, seen, batch, options, recipe.shape.late, self.generator
-            )
-            answer = passes.answer_loss(reading.logits, batch)
-            ranking = passes.ranking_loss(reading, batch, recipe.band)
-            report = {"answer": answer.item(), "ranking": ranking.item()}
-            return answer + recipe.ranking * ranking, report
+            return self._answer(batch, seen, options, recipe.band)
 
         self._run("adapt", [*self.model.parameters()], recipe.adapt_steps, recipe.adapt_lr, step)
+
+    def _answer(
+        self,
+        batch: Packed,
+        seen: passes.Seen,
+        options: passes.Options,
+        band: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss of answers and ranking attention, and both for the log."""
+        late = self.recipe.shape.late
+        reading = passes.read(self.model, seen, batch, options, late, self.generator)
+        answer = passes.answer_loss(reading.logits, batch)
+        ranking = passes.ranking_loss(reading, batch, band)
+        report = {"answer": answer.item(), "ranking": ranking.item()}
+        return answer + self.recipe.ranking * ranking, report
 
     def _options(self, progress: float) -> passes.Options:
         """How this batch is dropped and blocked; short sequences first, full ones last."""
