@@ -69,6 +69,8 @@ _TAIL = """
 - The world is drawn: six shapes, six colours, ten characters, objects on grid corners. Nothing
   transfers to photographs.
 - One training run, one seed; no claim about the variance between runs.
+- The label heads of this checkpoint's training started from unseeded values (mended since), so that
+  training it again gives an equivalent model, not the same bytes.
 - The test questions come from the same drawing program as the training scenes, other seeds; an accuracy
   of 1.000 means that this world is easy for it, nothing more.
 - It answers by exact words; anything outside the vocabulary is `<unk>`.

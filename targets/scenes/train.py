@@ -147,7 +147,10 @@ class Trainer:
         """Build the model; training starts with `vision` and `joint`."""
         self.recipe, self.data, self.out, self.device = recipe, data, out, device
         self.model = build.build_model(recipe.shape, recipe.seed).to(device)
-        self.heads = Heads(recipe.shape.width).to(device)
+        with torch.random.fork_rng(devices=[]):
+            # Starting values come from the global generator; without this two runs would differ.
+            torch.manual_seed(recipe.seed)
+            self.heads = Heads(recipe.shape.width).to(device)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.validation = packing.pack("validation", 0, 256)
         self.start = time.monotonic()

@@ -90,6 +90,15 @@ def test_blocked_reading_keeps_text_from_the_image_in_early_layers(model) -> Non
     assert torch.equal(visible[0, :145, :145], blocked[0, :145, :145])
 
 
+def test_everything_that_starts_at_random_follows_the_seed(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(train.Recipe(), shape=SMALL)
+    data = packing.pack("train", 0, 2)
+    one, two = (train.Trainer(recipe, data, tmp_path, "cpu") for _ in range(2))
+    for name in ("model", "heads"):
+        first, second = getattr(one, name).state_dict(), getattr(two, name).state_dict()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
 def test_a_short_run_learns_logs_and_saves_a_plain_checkpoint(tmp_path: Path) -> None:
     recipe = dataclasses.replace(
         train.Recipe(), shape=SMALL, vision_steps=200, joint_steps=20, adapt_steps=10, warm_up=0.5
