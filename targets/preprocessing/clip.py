@@ -1,134 +1,20 @@
-"""The image processor as a differentiable function of images in [0, 1].
+"""CLIP- and LLaVA-style image processors as differentiable functions of images in [0, 1].
 
-Resampling is done as PIL does it, to the bit: separable, antialiased, with weights in fixed point
-and rounding to 8 bits after each direction. The rounding passes gradients straight through. Images
-that already have the model's size are not resampled at all.
+Images that already have the model's size are not resampled at all.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from targets.errors import TargetError
-
-
-def _sinc(x: float) -> float:
-    return 1.0 if x == 0 else math.sin(math.pi * x) / (math.pi * x)
-
-
-def _bicubic(x: float) -> float:
-    x, a = abs(x), -0.5
-    if x < 1:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
-
-
-_FILTERS: Final[dict[int, tuple[str, float, Callable[[float], float]]]] = {
-    1: ("lanczos", 3.0, lambda x: _sinc(x) * _sinc(x / 3) if abs(x) < 3 else 0.0),
-    2: ("bilinear", 1.0, lambda x: max(0.0, 1 - abs(x))),
-    3: ("bicubic", 2.0, _bicubic),
-    4: ("box", 0.5, lambda x: 1.0 if -0.5 < x <= 0.5 else 0.0),
-    5: (
-        "hamming",
-        1.0,
-        lambda x: _sinc(x) * (0.54 + 0.46 * math.cos(math.pi * x)) if abs(x) < 1 else 0.0,
-    ),
-}
-"""PIL's resampling codes: name, support and kernel."""
-_FIXED_POINT: Final = 2.0**22
-"""PIL's weights are whole multiples of 1 / this."""
-
-
-@functools.lru_cache(maxsize=64)
-def resampling_matrix(size: int, wanted: int, resample: int) -> Tensor:
-    """Weights ``[wanted, size]`` of PIL's resampling along one direction, float64.
-
-    They are rounded to PIL's fixed point, so rows sum to 1 up to that.
-
-    Args:
-        size: pixels there are.
-        wanted: pixels to make.
-        resample: PIL's code (1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming).
-
-    Raises:
-        TargetError: for another code.
-    """
-    if resample not in _FILTERS:
-        raise TargetError(
-            f"resample code {resample} of the image processor is not supported; supported: "
-            f"{', '.join(f'{code} ({entry[0]})' for code, entry in _FILTERS.items())}"
-        )
-    _, support, kernel = _FILTERS[resample]
-    scale = size / wanted
-    stretch = max(scale, 1.0)
-    reach = support * stretch
-    weights = torch.zeros(wanted, size, dtype=torch.float64)
-    for row in range(wanted):
-        centre = (row + 0.5) * scale
-        first = max(0, int(centre - reach + 0.5))
-        last = min(size, int(centre + reach + 0.5))
-        for column in range(first, last):
-            weights[row, column] = kernel((column - centre + 0.5) / stretch)
-    fixed = weights / weights.sum(1, keepdim=True) * _FIXED_POINT
-    return (fixed.abs() + 0.5).floor() * fixed.sign() / _FIXED_POINT
-
-
-@functools.lru_cache(maxsize=256)
-def vertical_first(size: tuple[int, int], wanted: tuple[int, int], resample: int) -> bool:
-    """Whether the PIL at hand resamples vertically first between these sizes.
-
-    Older ones never do, newer ones where it is less work; the order shows in the rounding. It is
-    found out by resampling a picture of noise and comparing.
-    """
-    import numpy as np
-    from PIL import Image
-
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    made = np.asarray(Image.fromarray(noise).resize(wanted[::-1], Image.Resampling(resample)))
-    levels = torch.from_numpy(noise).permute(2, 0, 1).double()
-    for direction in (1, 0):
-        levels = round_levels(_along(levels, wanted[direction], direction, resample))
-    return not np.array_equal(made, levels.permute(1, 2, 0).numpy())
-
-
-def _along(levels: Tensor, wanted: int, direction: int, resample: int) -> Tensor:
-    """Resample the last two dimensions along one: 0 is vertical, 1 horizontal."""
-    size = levels.shape[direction - 2]
-    weights = resampling_matrix(size, wanted, resample).to(levels.device)
-    return weights @ levels if direction == 0 else levels @ weights.T
-
-
-def round_levels(levels: Tensor) -> Tensor:
-    """Round to whole levels in [0, 255]; the gradient passes straight through."""
-    rounded = (levels + 0.5).floor().clamp(0, 255)
-    return levels + (rounded - levels).detach()
-
-
-def resize(images: Tensor, size: tuple[int, int], resample: int, *, rounded: bool) -> Tensor:
-    """Resample images ``[B, 3, H, W]`` given in levels 0 … 255 to ``[B, 3, *size]``.
-
-    Args:
-        images: float levels.
-        size: height and width wanted.
-        resample: PIL's code.
-        rounded: round to whole levels after each direction, as PIL does.
-    """
-    here = (images.shape[-2], images.shape[-1])
-    # Float64 holds PIL's fixed-point sums exactly, so that rounding falls the same way.
-    exact = images.double()
-    order = (0, 1) if here != size and vertical_first(here, size, resample) else (1, 0)
-    for direction in order:
-        if exact.shape[direction - 2] != size[direction]:
-            exact = _along(exact, size[direction], direction, resample)
-            exact = round_levels(exact) if rounded else exact
-    return exact.to(images.dtype)
+from targets.preprocessing.layout import Layout
+from targets.preprocessing.resampling import resize
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +48,7 @@ class Preprocessor:
         mean: of each channel, after scaling.
         std: of each channel.
         rounded: round resampled pictures to 8 bits, as the real processor does.
+        tokens: rows and columns of the visual tokens the model makes of its input.
     """
 
     size: tuple[int, int]
@@ -174,13 +61,21 @@ class Preprocessor:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     rounded: bool = True
+    tokens: tuple[int, int] = (1, 1)
 
     @classmethod
-    def of(cls, processor: Any, *, rounded: bool = True) -> Preprocessor:  # noqa: ANN401
+    def of(
+        cls,
+        processor: Any,
+        *,
+        tokens: tuple[int, int] = (1, 1),
+        rounded: bool = True,  # noqa: ANN401
+    ) -> Preprocessor:
         """Read the settings of a real image processor.
 
         Args:
             processor: a CLIP or LLaVA image processor of transformers.
+            tokens: see the attribute.
             rounded: see the attribute.
 
         Raises:
@@ -210,6 +105,7 @@ class Preprocessor:
             mean=tuple(processor.image_mean) if normalise else (0.0,) * channels,
             std=tuple(processor.image_std) if normalise else (1.0,) * channels,
             rounded=rounded,
+            tokens=tokens,
         )
 
     def geometry(self, size: tuple[int, int]) -> Geometry:
@@ -280,6 +176,27 @@ class Preprocessor:
         bottom = height - how.resized[0] + top
         right = width - how.resized[1] + left
         return torch.nn.functional.pad(levels, (-left, right, -top, bottom))
+
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        """`pixel_values` of the model's ``forward``; see `Preprocessing`."""
+        return {"pixel_values": self(images)}
+
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """Tokens of a picture of this size, row by row."""
+        return Layout.grid(self.tokens, self._box(size))
+
+    def _box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """What of a picture of `size` the model sees: top, left, bottom, right in its pixels."""
+        how = self.geometry(size)
+        edges = []
+        for axis in (0, 1):
+            before = how.pad[2 * axis]
+            padded = size[axis] + before + how.pad[2 * axis + 1]
+            pixels = padded / how.resized[axis]
+            start = how.crop[axis] * pixels - before
+            edges.append((start, start + self.size[axis] * pixels))
+        (top, bottom), (left, right) = edges
+        return top, left, bottom, right
 
     def source_pixels(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Pixels of a picture of `size` that tokens cover.
