@@ -66,19 +66,37 @@ def _precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def top_k_mask(score: Tensor, count: int) -> Tensor:
+def top_k_mask(score: Tensor, count: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """The `count` largest entries of each row; of equal ones, the first.
 
     Args:
         score: ``[B, V]``.
-        count: 0 ≤ count ≤ V.
+        count: 0 ≤ count ≤ valid entries; one for all rows, or ``[B]``.
+        valid: bool ``[B, V]``, entries that may be chosen; None is all.
 
     Returns:
         bool ``[B, V]`` with exactly `count` True a row.
     """
+    return ranks(score, valid) < (count[:, None] if isinstance(count, Tensor) else count)
+
+
+def ranks(score: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Place of each entry when rows ``[B, V]`` are sorted from large to small, from 0.
+
+    Equal entries keep their order; those not valid come last.
+    """
+    order = order_of(score, valid)
+    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
+
+
+def order_of(score: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Indices ``[B, V]`` from the largest to the smallest, stable; those not valid come last."""
     order = score.detach().argsort(dim=1, descending=True, stable=True)
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    return kept.scatter(1, order[:, :count], True)
+    if valid is None:
+        return order
+    late = (~valid).long().gather(1, order).argsort(dim=1, stable=True)
+    return order.gather(1, late)
 
 
 def log_probability(score: Tensor) -> Tensor:
@@ -86,11 +104,20 @@ def log_probability(score: Tensor) -> Tensor:
     return (score + TINY).log()
 
 
-def standardised(score: Tensor) -> Tensor:
-    """Zero mean and unit deviation in each row ``[B, V]``; zero where a row is constant."""
-    centred = score - score.mean(1, keepdim=True)
+def standardised(score: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Zero mean and unit deviation in each row ``[B, V]``; zero where a row is constant.
+
+    Args:
+        score: ``[B, V]``.
+        valid: bool ``[B, V]``, entries that count; the others become 0. None is all.
+    """
+    if valid is None:
+        valid = torch.ones_like(score, dtype=torch.bool)
+    number = valid.sum(1, keepdim=True).clamp_min(1)
+    score = score.masked_fill(~valid, 0)
+    centred = (score - score.sum(1, keepdim=True) / number).masked_fill(~valid, 0)
     # The deviation of a constant row has no gradient, so the floor goes under the root.
-    return centred / (centred.square().mean(1, keepdim=True) + TINY).sqrt()
+    return centred / (centred.square().sum(1, keepdim=True) / number + TINY).sqrt()
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:

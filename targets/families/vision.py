@@ -2,117 +2,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from targets.compression.scoring import attention_row, received_attention
 
-Remove = Callable[[], None]
-
 
 class FeaturesReached(Exception):
-    """Raised inside the tower to skip the layers behind the feature layer."""
+    """Raised inside the tower to skip the layers nobody needs."""
 
 
 @dataclass(frozen=True, slots=True)
-class VisionPass:
-    """One pass of the vision tower over I images; every tensor is live.
+class LayerPass:
+    """One layer of a vision tower over G runs (pictures or tiles); every tensor is live.
 
     Attributes:
-        hidden: ``[I, S, D]`` output of the feature layer, CLS first where there is one.
-        queries: ``[I, N, S, E]`` of the feature layer's attention.
-        keys: ``[I, N, S, E]`` of the same.
-        scaling: factor on query · key.
-        has_cls: whether row 0 is CLS; then S = V + 1, else S = V.
+        hidden: ``[G, S, D]`` output of the layer, CLS first where there is one.
+        queries: ``[G, N, S, E]`` of its attention.
+        keys: ``[G, N, S, E]``.
     """
 
     hidden: Tensor
     queries: Tensor
     keys: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VisionPass:
+    """One pass of the vision tower, seen token by token of the language model.
+
+    A token stands for r patches (a pixel-shuffled block, a merged 2 × 2 group, or 1); attention and
+    keys of a token are the mean over its patches, its features are theirs, one after the other.
+
+    Attributes:
+        layers: captured layers by number, the feature layer among them.
+        feature_layer: the layer whose output the projector gets.
+        scaling: factor on query · key.
+        has_cls: whether position 0 of a run is CLS; then S = P + 1, else S = P patches.
+        patches_of: long ``[I, V, r]`` patches of each token, counted over all runs (run · P +
+            patch); 0 where `present` is False.
+        present: bool ``[I, V]``, tokens an image really has.
+        base: long ``[I]``, the run that shows the whole of each image.
+        features: ``[I, V, r · D]`` what enters the projector, if it is not just the patches'
+            features (a normalisation in between); None for those.
+    """
+
+    layers: dict[int, LayerPass]
+    feature_layer: int
     scaling: float
     has_cls: bool
+    patches_of: Tensor
+    present: Tensor
+    base: Tensor
+    features: Tensor | None = None
 
     @property
     def patches(self) -> Tensor:
-        """``[I, V, D]`` features of the patches."""
-        return self.hidden[:, 1:] if self.has_cls else self.hidden
+        """``[I, V, r · D]`` features of the tokens, as they enter the projector."""
+        if self.features is not None:
+            return self.features
+        return self.per_token(self._bare(self.layers[self.feature_layer].hidden, 1)).flatten(2)
 
     @property
-    def patch_keys(self) -> Tensor:
-        """``[I, N, V, E]`` keys of the patches."""
-        return self.keys[:, :, 1:] if self.has_cls else self.keys
+    def cls(self) -> Tensor | None:
+        """``[I, D]`` feature of CLS in each image's base run; None without CLS."""
+        return self.layers[self.feature_layer].hidden[self.base, 0] if self.has_cls else None
 
     @property
     def query(self) -> Tensor | None:
-        """``[I, N, E]`` the CLS query; None without CLS."""
-        return self.queries[:, :, 0] if self.has_cls else None
-
-    def attention(self) -> Tensor:
-        """``[I, N, V]`` attention of CLS to the patches; mean attention received without CLS."""
+        """``[I, N, E]`` the CLS query of each image's base run; None without CLS."""
         if not self.has_cls:
-            return received_attention(self.queries, self.keys, self.scaling)
-        return attention_row(self.queries[:, :, 0], self.keys, self.scaling)[:, :, 1:]
+            return None
+        return self.layers[self.feature_layer].queries[self.base, :, 0]
+
+    @property
+    def patch_keys(self) -> Tensor:
+        """``[I, N, V, E]`` keys of the tokens at the feature layer."""
+        return self.keys()
+
+    def keys(self, layer: int | None = None) -> Tensor:
+        """``[I, N, V, E]`` keys of the tokens at a captured layer (the feature layer if None)."""
+        found = self._bare(self._layer(layer).keys, 2).transpose(1, 2)
+        return self.per_token(found).mean(2).transpose(1, 2)
+
+    def hidden(self, layer: int | None = None) -> Tensor:
+        """``[I, V, D]`` a captured layer's output, mean over the patches of a token."""
+        return self.per_token(self._bare(self._layer(layer).hidden, 1)).mean(2)
+
+    def attention(self, layer: int | None = None) -> Tensor:
+        """``[I, N, V]`` attention of CLS to the patches of its run; received without CLS."""
+        if not self.has_cls:
+            return self.received(layer)
+        here = self._layer(layer)
+        paid = attention_row(here.queries[:, :, 0], here.keys, self.scaling)
+        return self._tokens(paid[:, :, 1:])
+
+    def received(self, layer: int | None = None) -> Tensor:
+        """``[I, N, V]`` mean attention received from all positions of the run, CLS included."""
+        here = self._layer(layer)
+        return self._tokens(self._bare(received_attention(here.queries, here.keys, self.scaling), 2))
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Values ``[G, P, …]`` of patches, gathered by token: ``[I, V, r, …]``."""
+        return values.flatten(0, 1)[self.patches_of]
+
+    def _tokens(self, values: Tensor) -> Tensor:
+        return self.per_token(values.transpose(1, 2)).mean(2).transpose(1, 2)
+
+    def _layer(self, layer: int | None) -> LayerPass:
+        return self.layers[self.feature_layer if layer is None else layer]
+
+    def _bare(self, values: Tensor, dim: int) -> Tensor:
+        """Without CLS along a dimension."""
+        return values.narrow(dim, 1, values.shape[dim] - 1) if self.has_cls else values
+
+
+@dataclass(frozen=True, slots=True)
+class TappedLayer:
+    """The modules of one tower layer a tap listens to.
+
+    Attributes:
+        layer: whose output is `hidden`.
+        query: module that makes the queries, output ``[G, S, N·E]``.
+        key: module that makes the keys, ``[G, S, N·E]``.
+        heads: N.
+    """
+
+    layer: Any
+    query: Any
+    key: Any
+    heads: int
 
 
 class VisionTap:
-    """Hooks that capture a `VisionPass` from every run of a tower.
+    """Hooks that capture layers of a tower in every run.
 
     Values of the first run through a layer are kept, so a replay under gradient checkpointing
     changes nothing.
 
     Args:
         tower: the vision tower; its start begins a new capture.
-        layer: the feature layer, whose output is `hidden`.
-        query: module that makes the queries of that layer, output ``[I, S, N·E]``.
-        key: module that makes its keys.
-        heads: N.
-        scaling: factor on query · key.
-        has_cls: whether the tower has a CLS token in front.
-        stop: raise `FeaturesReached` behind the feature layer.
+        layers: by number, those to capture.
+        stop: raise `FeaturesReached` behind the last of them.
     """
 
     def __init__(
         self,
         tower: Any,  # noqa: ANN401 - modules of transformers are untyped
-        layer: Any,  # noqa: ANN401
-        query: Any,  # noqa: ANN401
-        key: Any,  # noqa: ANN401
+        layers: dict[int, TappedLayer],
         *,
-        heads: int,
-        scaling: float,
-        has_cls: bool,
         stop: bool = False,
     ) -> None:
-        self._modules = (tower, layer, query, key)
-        self._heads, self._scaling, self._has_cls, self._stop = heads, scaling, has_cls, stop
-        self._seen: dict[str, Tensor] = {}
+        self._tower, self._layers, self._stop = tower, layers, stop
+        self._seen: dict[tuple[int, str], Tensor] = {}
         self._handles: list[Any] = []
 
     @property
-    def latest(self) -> VisionPass | None:
-        """The pass captured last; None before any."""
-        if len(self._seen) < 3:
+    def latest(self) -> dict[int, LayerPass] | None:
+        """What was captured last; None before any run."""
+        if len(self._seen) < 3 * len(self._layers):
             return None
-        return VisionPass(
-            self._seen["hidden"],
-            self._heads_of(self._seen["query"]),
-            self._heads_of(self._seen["key"]),
-            self._scaling,
-            self._has_cls,
-        )
+        return {number: self._pass(number, one) for number, one in self._layers.items()}
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self._seen = {}
 
     def __enter__(self) -> VisionTap:
-        tower, layer, query, key = self._modules
-        self._handles = [
-            tower.register_forward_pre_hook(self._begin),
-            query.register_forward_hook(self._keep("query")),
-            key.register_forward_hook(self._keep("key")),
-            layer.register_forward_hook(self._keep("hidden")),
-        ]
+        self._handles = [self._tower.register_forward_pre_hook(self._begin)]
+        last = max(self._layers)
+        for number, one in self._layers.items():
+            self._handles += [
+                one.query.register_forward_hook(self._keep(number, "query")),
+                one.key.register_forward_hook(self._keep(number, "key")),
+                one.layer.register_forward_hook(self._keep(number, "hidden", last=number == last)),
+            ]
         return self
 
     def __exit__(
@@ -129,15 +198,37 @@ class VisionTap:
         del module, inputs
         self._seen = {}
 
-    def _keep(self, name: str) -> Callable[[object, object, Any], None]:
+    def _keep(
+        self, number: int, name: str, *, last: bool = False
+    ) -> Callable[[object, object, Any], None]:
         def hook(module: object, inputs: object, output: Any) -> None:  # noqa: ANN401
             del module, inputs
             value = output[0] if isinstance(output, tuple) else output
-            self._seen.setdefault(name, value)
-            if self._stop and name == "hidden":
+            self._seen.setdefault((number, name), value)
+            if self._stop and last:
                 raise FeaturesReached
 
         return hook
 
-    def _heads_of(self, projected: Tensor) -> Tensor:
-        return projected.view(*projected.shape[:-1], self._heads, -1).transpose(1, 2)
+    def _pass(self, number: int, one: TappedLayer) -> LayerPass:
+        def split(name: str) -> Tensor:
+            found = self._seen[number, name]
+            return found.view(*found.shape[:-1], one.heads, -1).transpose(1, 2)
+
+        return LayerPass(self._seen[number, "hidden"], split("query"), split("key"))
+
+
+def whole_runs(images: int, patches: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`patches_of`, `present` and `base` where image i is run i and a token is a patch."""
+    runs = torch.arange(images, device=device)
+    places = runs[:, None] * patches + torch.arange(patches, device=device)
+    return places[..., None], torch.ones_like(places, dtype=torch.bool), runs
+
+
+def padded(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`patches_of` and `present` from ``[V_i, r]`` patches of the tokens of each image."""
+    width = max(len(part) for part in parts)
+    rows = [torch.nn.functional.pad(part, (0, 0, 0, width - len(part))) for part in parts]
+    lengths = torch.tensor([len(part) for part in parts], device=parts[0].device)
+    present = torch.arange(width, device=parts[0].device) < lengths[:, None]
+    return torch.stack(rows), present
