@@ -98,6 +98,7 @@ class Seen:
         text: the prompt around the images; None at Stage.VISION.
         memory: shared by all cuts of one compressor in one forward pass.
         deepest: number of layers of the language model; 0 where unknown.
+        family: the model's adapter; None where tokens are ranked without a model.
     """
 
     features: Tensor
@@ -116,6 +117,7 @@ class Seen:
     text: TextSight | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     deepest: int = 0
+    family: Family | None = None
 
 
 @dataclass(frozen=True, slots=True)
