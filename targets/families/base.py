@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from targets.families.vision import FeaturesReached, VisionPass, VisionTap
+from targets.errors import TargetError
+from targets.families.vision import FeaturesReached, LayerPass, VisionPass, VisionTap
+from targets.preprocessing.layout import Layout, Preprocessing
+
+if TYPE_CHECKING:
+    from targets.compression.layout import Group
 
 
 class Family(ABC):
@@ -21,10 +27,12 @@ class Family(ABC):
 
     Attributes:
         model_types: values of ``config.model_type`` it serves.
+        known_weak: compressors known to do badly on this family, with the reason.
         model: the model; core: the part below the language-model head.
         tower: vision tower. projector: from vision to text width. text: the language model.
         layers: decoder layers of `text`. image_token_id: the placeholder.
-        grid: rows and columns of visual tokens. image_size: height and width the tower takes.
+        feature_layer: tower layer (0-based) whose output are the features.
+        tower_depth: number of tower layers.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -36,32 +44,108 @@ class Family(ABC):
     text: Any
     layers: Any
     image_token_id: int
-    grid: tuple[int, int]
-    image_size: tuple[int, int]
+    feature_layer: int
+    tower_depth: int
 
-    @property
-    def tokens(self) -> int:
-        """V, visual tokens of one image."""
-        return self.grid[0] * self.grid[1]
+    # Pictures -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def tap(self, *, stop: bool = False) -> VisionTap:
-        """Hooks that capture what the tower computes at the feature layer."""
+    def preprocessing(self, processor: Any) -> Preprocessing:  # noqa: ANN401 - untyped
+        """The differentiable twin of this model's image processor.
 
-    def encode(self, pixel_values: Tensor) -> VisionPass:
-        """Run the tower up to the feature layer on normalised images ``[I, 3, H, W]``."""
+        Args:
+            processor: the model's processor, with an ``image_processor``.
+
+        Raises:
+            TargetError: if it does not belong to the model, or has settings without a twin.
+        """
+
+    @abstractmethod
+    def images(self, placeholders: Tensor, inputs: dict[str, Any]) -> Sequence[Layout]:
+        """Layouts of the images of a forward, in reading order.
+
+        Args:
+            placeholders: bool ``[B, L]``, where the prompt has image placeholders.
+            inputs: the arguments of the model's ``forward``; boxes need not be right, since the
+                size of the original picture may not be among them.
+
+        Raises:
+            TargetError: if the arguments do not say how many tokens each image has.
+        """
+
+    def expand(self, text: str, image: str, layout: Layout) -> str:
+        """Prompt text with its one image placeholder written out for a picture.
+
+        Args:
+            text: with `image` in it once.
+            image: the processor's placeholder.
+            layout: of the picture.
+        """
+        return text.replace(image, image * layout.placeholders)
+
+    def extras(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Further arguments of ``forward`` and ``generate`` made from the token ids ``[B, L]``."""
+        del ids, mask
+        return {}
+
+    # Vision tower -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tap(self, layers: Sequence[int] = (), *, stop: bool = False) -> VisionTap:
+        """Hooks that capture the feature layer and further `layers` (0-based) of the tower.
+
+        Args:
+            layers: further ones.
+            stop: raise `FeaturesReached` behind the last one captured.
+        """
+
+    @abstractmethod
+    def arrange(
+        self, captured: dict[int, LayerPass], layouts: Sequence[Layout], inputs: dict[str, Any]
+    ) -> VisionPass:
+        """What a tap captured, token by token.
+
+        Args:
+            captured: layers by number.
+            layouts: of the images, in reading order.
+            inputs: the image arguments of the forward, where it had them.
+        """
+
+    def encode(self, inputs: dict[str, Tensor], layouts: Sequence[Layout]) -> VisionPass:
+        """Run the tower up to the feature layer.
+
+        Args:
+            inputs: what `Preprocessing.inputs` made.
+            layouts: of the images.
+        """
         tap = self.tap(stop=True)
         with tap, contextlib.suppress(FeaturesReached):
-            self.tower(pixel_values.to(self.dtype))
-        seen = tap.latest
-        if seen is None:
-            raise RuntimeError("the vision tower ran without passing its feature layer")
-        return seen
+            self.run_tower(inputs)
+        captured = tap.latest
+        if captured is None:
+            raise TargetError("the vision tower ran without passing its feature layer")
+        return self.arrange(captured, layouts, inputs)
 
-    def project(self, vision: VisionPass) -> Tensor:
-        """Visual tokens of a pass as the language model receives them, ``[I, V, D]``."""
-        projected: Tensor = self.projector(vision.patches)
-        return projected
+    def run_tower(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
+        """Run whatever of the model runs the tower; hooks see it."""
+        return self.core.get_image_features(**self.cast(inputs))
+
+    def encoded(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
+        """Encoder output that ``forward`` takes as ``mm_encoder_outputs["image"]``."""
+        return self.run_tower(inputs)
+
+    @abstractmethod
+    def project_tokens(self, features: Tensor) -> Tensor:
+        """Token features ``[…, r · D]`` (`VisionPass.patches`) to the width of the text model."""
+
+    def cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Image arguments in the dtype of the weights."""
+        return {
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+
+    # Language model -----------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,61 +159,81 @@ class Family(ABC):
         device: torch.device = next(self.tower.parameters()).device
         return device
 
-    def run(self, ids: Tensor, mask: Tensor, positions: Tensor, projected: Tensor | None) -> Tensor:
-        """Last hidden states ``[B, n, D]`` of prompts whose images are already projected.
+    def run(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        encoded: Any,  # noqa: ANN401 - of transformers
+        inputs: dict[str, Tensor],
+    ) -> Tensor:
+        """Last hidden states ``[B, n, D]`` of prompts whose images are already encoded.
 
         Args:
-            ids: ``[B, L]`` with V placeholders an image.
+            ids: ``[B, L]`` with all placeholders.
             mask: ``[B, L]`` 0 for padding.
-            positions: ``[B, L]`` position ids.
-            projected: ``[I, V, D]``; None for prompts without images.
+            encoded: from `encoded`; None for prompts without images.
+            inputs: what the images were encoded from.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        encoded = None
-        if projected is not None:
-            encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))}
+        sizes = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
         output = self.core(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=positions,
-            mm_encoder_outputs=encoded,
+            mm_encoder_outputs=None if encoded is None else {"image": encoded},
             use_cache=False,
+            **self.positions(mask),
+            **sizes,
+            **self.extras(ids, mask),
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
+    def positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Position ids of left-padded prompts, as an argument of ``forward``; {} if it counts."""
+        return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits of hidden states."""
+        """Vocabulary logits of hidden states, as the model makes them."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
 
-    def text_query_keys(
-        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], column: int
-    ) -> tuple[Tensor, Tensor]:
-        """Query of one column and keys of all, after rotary embedding, from a layer's input.
+    def text_keys(self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys of all columns after rotary embedding; grouped keys are repeated.
 
         Args:
             layer: decoder layer, 0-based.
-            hidden: ``[B, L, D]`` its input.
-            rope: cosine and sine, ``[B, L, R]``.
-            column: the column whose query is wanted.
+            hidden: ``[B, n, D]`` its input.
+            rope: cosine and sine, ``[B, n, R]``.
 
         Returns:
-            ``[B, N, E]`` and ``[B, N, L, E]``; grouped keys are repeated.
+            ``[B, N, n, E]``.
         """
-        module = self.layers[layer]
-        attention = module.self_attn
-        normed = module.input_layernorm(hidden)
-        width = attention.head_dim
-        query = attention.q_proj(normed[:, column]).unflatten(-1, (-1, 1, width))  # [B, N, 1, E]
-        keys = attention.k_proj(normed).unflatten(-1, (-1, width)).transpose(1, 2)
-        if hasattr(attention, "q_norm"):
-            query, keys = attention.q_norm(query), attention.k_norm(keys)
+        attention = self.layers[layer].self_attn
+        normed = self.layers[layer].input_layernorm(hidden)
+        keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "k_norm"):
+            keys = attention.k_norm(keys)
         cosine, sine = (part.unsqueeze(1) for part in rope)
-        query = rotate(query, cosine[:, :, column, None], sine[:, :, column, None]).squeeze(2)
-        keys = rotate(keys, cosine, sine)
-        return query, keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+        keys = rotate(keys.transpose(1, 2), cosine, sine)
+        heads = attention.q_proj.out_features // attention.head_dim
+        return keys.repeat_interleave(heads // keys.shape[1], dim=1)
+
+    def text_queries(
+        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], columns: Tensor
+    ) -> Tensor:
+        """Queries of some columns ``[B, R]`` after rotary embedding, ``[B, N, R, E]``."""
+        attention = self.layers[layer].self_attn
+        picked = hidden.gather(1, columns[..., None].expand(*columns.shape, hidden.shape[-1]))
+        normed = self.layers[layer].input_layernorm(picked)
+        query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "q_norm"):
+            query = attention.q_norm(query)
+        turns = [
+            part.expand(len(hidden), -1, -1).gather(
+                1, columns[..., None].expand(*columns.shape, part.shape[-1])
+            )[:, None]
+            for part in rope
+        ]
+        return rotate(query.transpose(1, 2), turns[0], turns[1])
 
     def text_scaling(self, layer: int) -> float:
         """Factor on query · key of a decoder layer."""
@@ -140,39 +244,76 @@ class Family(ABC):
         cap = getattr(self.layers[layer].self_attn, "attn_logit_softcapping", None)
         return None if cap is None else float(cap)
 
-    def rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of position ids ``[B, n]``, ``[B, n, R]`` each."""
+    def allowed(self, given: Any, group: Group, layer: int) -> Tensor | None:  # noqa: ANN401
+        """Which column may attend to which, bool ``[B, n, n]``; None where attention is causal.
+
+        Args:
+            given: the mask the language model was given at prefill, in the form it has there.
+            group: the columns.
+            layer: the layer asked about.
+        """
+        del given, group, layer
+        return None
+
+    def rope(self, hidden: Tensor, positions: Tensor, layer: int) -> Any:  # noqa: ANN401
+        """Rotary embedding of position ids ``[…, B, n]`` in the form a layer takes."""
+        del layer
         cosine, sine = self.text.rotary_emb(hidden, position_ids=positions)
         return cosine, sine
 
-    def causal_mask(
+    def layer_mask(
         self,
         hidden: Tensor,
-        mask: Tensor,
+        group: Group,
         cache: Any,  # noqa: ANN401 - a cache of transformers
         layer: int,
+        given: Any,  # noqa: ANN401 - its form depends on the model
         *,
         explicit: bool = False,
     ) -> Any:  # noqa: ANN401 - its form depends on the attention implementation
-        """The mask a layer of this model takes, from a 2-D one over its own columns.
+        """The mask a layer of this model takes for a group of columns.
 
         Args:
             hidden: ``[B, n, D]`` the layer's input.
-            mask: ``[B, m]`` over cached and new columns.
+            group: its 2-D mask ``[B, m]`` is over cached and new columns.
             cache: key-value cache or None.
             layer: whose cache counts; layers may have caches of different lengths.
+            given: the mask the language model was given at prefill, where that is no 2-D one.
             explicit: never leave it out, even where the kernel knows causality itself.
         """
         from transformers.masking_utils import create_causal_mask
 
+        del given
         return create_causal_mask(
             config=self.text.config,
             inputs_embeds=hidden,
-            attention_mask=mask,
+            attention_mask=group.mask,
             past_key_values=cache,
             layer_idx=layer if cache is not None else None,
             allow_is_causal_skip=not explicit,
         )
+
+    def plain_mask(self, given: Any, group: Group) -> Any:  # noqa: ANN401 - form of the model
+        """What the language model is given as attention mask at prefill, once columns are cut.
+
+        Args:
+            given: what it would have been given, if that is no 2-D mask; else None.
+            group: the columns that are left.
+        """
+        del given
+        return group.mask
+
+    def shorten(self, kwargs: dict[str, Any], group: Group) -> None:
+        """Cut what else the language model is given column by column; `kwargs` in place."""
+
+    def attach(self, current: Any) -> Sequence[Any]:  # noqa: ANN401 - a function without arguments
+        """Hooks the family needs under a session; handles with ``remove``.
+
+        Args:
+            current: returns the `TextPass` that is running, with its `groups`.
+        """
+        del current
+        return ()
 
 
 def rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

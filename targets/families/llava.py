@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from targets.errors import TargetError
 from targets.families.base import Family
-from targets.families.vision import VisionTap
+from targets.families.vision import (
+    FeaturesReached,
+    LayerPass,
+    TappedLayer,
+    VisionPass,
+    VisionTap,
+    whole_runs,
+)
+from targets.preprocessing import Layout, Preprocessing, Preprocessor
 
 _TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 """Tower types, and whether they have a CLS token."""
@@ -46,26 +58,83 @@ class Llava(Family):
         self.image_token_id = int(config.image_token_id)
         side = vision.image_size // vision.patch_size
         self.grid, self.image_size = (side, side), (vision.image_size, vision.image_size)
-        self.feature_layer = _feature_layer(config.vision_feature_layer, vision.num_hidden_layers)
+        self.tower_depth = int(vision.num_hidden_layers)
+        self.feature_layer = feature_layer_of(config.vision_feature_layer, self.tower_depth)
 
-    def tap(self, *, stop: bool = False) -> VisionTap:
-        """Hooks at the layer whose output are the features; its attention makes the scores."""
-        tower = getattr(self.tower, "vision_model", self.tower)
-        layer = tower.encoder.layers[self.feature_layer]
-        attention = layer.self_attn
-        return VisionTap(
-            self.tower,
-            layer,
-            attention.q_proj,
-            attention.k_proj,
-            heads=int(attention.num_heads),
-            scaling=float(attention.scale),
-            has_cls=self.has_cls,
-            stop=stop,
-        )
+    def preprocessing(self, processor: Any) -> Preprocessing:  # noqa: ANN401 - untyped
+        """A centre crop or a fixed size."""
+        made = Preprocessor.of(processor.image_processor, tokens=self.grid)
+        if made.size != self.image_size:
+            raise TargetError(
+                f"the processor makes {made.size} pictures, the vision tower takes "
+                f"{self.image_size}; load the processor that belongs to the model"
+            )
+        return made
+
+    def images(self, placeholders: Tensor, inputs: dict[str, Any]) -> Sequence[Layout]:
+        """Every picture has one grid of tokens."""
+        del inputs
+        one = Layout.grid(self.grid)
+        counts = placeholders.sum(1)
+        if bool((counts % one.tokens != 0).any()):
+            raise TargetError(
+                f"rows hold {counts.tolist()} image placeholders; every image has {one.tokens} of "
+                "them"
+            )
+        return [one] * (int(counts.sum()) // one.tokens)
+
+    def tap(self, layers: Sequence[int] = (), *, stop: bool = False) -> VisionTap:
+        """Hooks at the feature layer and others; `clip_layers`."""
+        blocks = clip_layers(self.tower)
+        wanted = sorted({self.feature_layer, *layers})
+        return VisionTap(self.tower, {n: tapped(blocks[n]) for n in wanted}, stop=stop)
+
+    def arrange(
+        self, captured: dict[int, LayerPass], layouts: Sequence[Layout], inputs: dict[str, Any]
+    ) -> VisionPass:
+        """A token is a patch."""
+        del inputs, layouts
+        hidden = captured[self.feature_layer].hidden
+        runs = whole_runs(len(hidden), hidden.shape[1] - int(self.has_cls), hidden.device)
+        scaling = float(clip_layers(self.tower)[self.feature_layer].self_attn.scale)
+        return VisionPass(captured, self.feature_layer, scaling, self.has_cls, *runs)
+
+    def run_tower(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
+        """The tower alone."""
+        return self.tower(**self.cast(inputs))
+
+    def encoded(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
+        """Runs the tower no further than the feature layer."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        tap = self.tap(stop=True)
+        with tap, contextlib.suppress(FeaturesReached):
+            self.run_tower(inputs)
+        captured = tap.latest
+        if captured is None:
+            raise TargetError("the vision tower ran without passing its feature layer")
+        hidden = captured[self.feature_layer].hidden
+        projected = self.projector(hidden[:, 1:] if self.has_cls else hidden)
+        return BaseModelOutputWithPooling(pooler_output=list(projected))
+
+    def project_tokens(self, features: Tensor) -> Tensor:
+        """Through the two-layer perceptron."""
+        projected: Tensor = self.projector(features)
+        return projected
 
 
-def _feature_layer(index: object, layers: int) -> int:
+def clip_layers(tower: Any) -> Any:  # noqa: ANN401 - modules of transformers are untyped
+    """Encoder layers of a CLIP or SigLIP tower."""
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def tapped(layer: Any) -> TappedLayer:  # noqa: ANN401
+    """What a tap listens to in a layer of CLIP or SigLIP."""
+    attention = layer.self_attn
+    return TappedLayer(layer, attention.q_proj, attention.k_proj, int(attention.num_heads))
+
+
+def feature_layer_of(index: object, layers: int) -> int:
     """The 0-based layer whose output is ``hidden_states[index]``, of `layers` + 1 of them."""
     if isinstance(index, list | tuple) and len(index) == 1:
         index = index[0]
