@@ -146,7 +146,7 @@ def test_the_whole_processor_has_precedence_over_its_image_processor() -> None:
 def test_batches_are_treated_alike(processor: Any) -> None:
     preprocess = make(processor)
     images = torch.cat([tensor(picture((40, 100), seed)) for seed in range(3)])
-    together = preprocess.inputs(images)["pixel_values"].unflatten(0, (3, -1))
+    together = preprocess.inputs(images)["pixel_values"].reshape(3, -1, 3, SIDE, SIDE)
     for row in range(3):
         alone = preprocess.inputs(images[row : row + 1])["pixel_values"]
         assert torch.allclose(together[row], alone, rtol=0, atol=1e-6)
