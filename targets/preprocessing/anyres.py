@@ -8,7 +8,7 @@ size of a picture alone, so both the image processor and the model's side ask th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -89,7 +89,9 @@ class Packing:
         """
         vision = config.vision_config
         tile, patch = int(vision.image_size), int(vision.patch_size)
-        pinpoints = tuple((int(rows), int(columns)) for rows, columns in config.image_grid_pinpoints)
+        pinpoints = tuple(
+            (int(rows), int(columns)) for rows, columns in config.image_grid_pinpoints
+        )
         odd = [place for place in pinpoints if place[0] % tile or place[1] % tile]
         if odd or not pinpoints:
             raise TargetError(
@@ -136,8 +138,8 @@ class Packing:
         down = torch.arange(high).repeat_interleave(wide)
         across = torch.arange(wide).repeat(high)
         tiles = self.tiling(size).shape
-        shape = (self.side, self.side)
-        base = whole(size, shape, self._scale(size))
+        scale = (size[0] / self.tile, size[1] / self.tile)
+        base = self._view((0.0, 0.0), scale)
         boxes = torch.stack(
             [rows.start[down], columns.start[across], rows.end[down], columns.end[across]], 1
         )
@@ -147,7 +149,7 @@ class Packing:
             tile=torch.cat([base.tile, 1 + rows.tile[down] * tiles[1] + columns.tile[across]]),
             row=torch.cat([base.row, rows.patch[down]]),
             column=torch.cat([base.column, columns.patch[across]]),
-            shapes=(shape,) * (1 + tiles[0] * tiles[1]),
+            shapes=base.shapes * (1 + tiles[0] * tiles[1]),
             base=0,
             columns=torch.cat([base.columns, first + down * (wide + 1) + across]),
             placeholders=first + high * (wide + 1),
@@ -160,9 +162,22 @@ class Packing:
         here = (len(parts[0]), len(parts[1]))
         return self._pooled(here) != here
 
-    def _scale(self, size: Size) -> tuple[float, float]:
-        """Pixels of the picture in one patch of the view of the whole."""
-        return size[0] * self.patch / self.tile, size[1] * self.patch / self.tile
+    def single(self, size: Size) -> Layout:
+        """Tokens of a picture that is one padded square (OneVision, several in a prompt).
+
+        They are closed by one newline.
+        """
+        side = max(size)
+        corner = (-float((side - size[0]) // 2), -float((side - size[1]) // 2))
+        square = self._view(corner, (side / self.tile,) * 2)
+        return replace(square, placeholders=square.tokens + 1)
+
+    def _view(self, corner: tuple[float, float], scale: tuple[float, float]) -> Layout:
+        """A tile that shows the picture from a corner on, each of its pixels `scale` of those."""
+        top, left = corner
+        length = self.side * self.patch
+        box = (top, left, top + length * scale[0], left + length * scale[1])
+        return Layout.grid((self.side, self.side), box)
 
     def _pooled(self, grid: Size) -> Size:
         """Rows and columns after the limit."""
@@ -173,13 +188,12 @@ class Packing:
 
     def _axis(self, size: Size, how: Tiling, part: range, wanted: int, axis: int) -> Axis:
         side, have = self.side, len(part)
-        stretch = have / wanted if wanted else 1.0
-        edges = [part.start + index * have / wanted for index in range(wanted + 1)]
-        middle = torch.tensor([(index + 0.5) * stretch for index in range(wanted)]).double()
-        centre = (part.start + middle.long()).clamp(max=max(part.stop - 1, 0))
+        edges = [part.start + index * have / max(wanted, 1) for index in range(wanted + 1)]
+        middle = (torch.arange(wanted, dtype=torch.float64) + 0.5) * have / max(wanted, 1)
+        centre = part.start + middle.long()
         # Bilinear interpolation between the centres of two patches, held at the ends.
         before = (middle - 0.5).clamp(min=0)
-        low = before.long().clamp(max=max(have - 1, 0))
+        low = before.long()
         high = (low + 1).clamp(max=max(have - 1, 0))
         share = before - low
         pixels = size[axis] / how.resized[axis]
@@ -204,11 +218,6 @@ class Packing:
         return tile * self.tile + (inside + place - patch) * self.patch
 
 
-def whole(size: Size, shape: Size, patch: tuple[float, float]) -> Layout:
-    """One tile of `shape` patches, each `patch` pixels of a picture, from its corner on."""
-    return Layout.grid(shape, (0.0, 0.0, shape[0] * patch[0], shape[1] * patch[1]))
-
-
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
     """The pinpoint that shows most of a picture, at no more than its own resolution.
 
@@ -227,8 +236,9 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
 def unpadded(size: Size, grid: Size) -> tuple[range, range]:
     """Rows and columns of a grid of patches that are left when padding is cut off.
 
-    The model cuts by the shape of the picture, not by what was padded in pixels: patches that are
-    partly padding stay, and a picture far longer than wide may lose all of its rows.
+    The model goes by the shape of the picture, not by what was padded in pixels, and cuts whole
+    patches: some that are partly padding stay, up to one patch of the picture may go at either
+    side, and a picture thinner than a patch loses all of it.
     """
     height, width = size
     rows, columns = grid
@@ -239,6 +249,11 @@ def unpadded(size: Size, grid: Size) -> tuple[range, range]:
     inner = int(round(width * (rows / height), 7))
     cut = (columns - inner) // 2
     return range(rows), range(cut, columns - cut)
+
+
+def pairs(pinpoints: Any) -> tuple[Size, ...]:  # noqa: ANN401 - lists of transformers
+    """Pinpoints as they are written in configurations, heights first."""
+    return tuple((int(rows), int(columns)) for rows, columns in pinpoints)
 
 
 def _limit(aspect: str) -> int:

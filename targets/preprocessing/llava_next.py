@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from targets.errors import TargetError
-from targets.preprocessing.anyres import Packing
+from targets.preprocessing.anyres import Packing, pairs
 from targets.preprocessing.layout import Layout
 from targets.preprocessing.resampling import resize
 
@@ -24,6 +24,7 @@ class LlavaNextPreprocessor:
         scale: factor on levels 0 … 255.
         mean: of each channel, after scaling.
         std: of each channel.
+        background: levels of each channel around pictures that are padded to squares.
         rounded: round resampled pictures to 8 bits, as the real processor does.
     """
 
@@ -32,6 +33,7 @@ class LlavaNextPreprocessor:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    background: tuple[float, ...]
     rounded: bool = True
 
     @classmethod
@@ -41,7 +43,7 @@ class LlavaNextPreprocessor:
         config: Any,  # noqa: ANN401
         *,
         rounded: bool = True,
-    ) -> LlavaNextPreprocessor:
+    ) -> Self:
         """Read the settings of a real image processor and of the model it belongs to.
 
         Args:
@@ -92,7 +94,7 @@ class LlavaNextPreprocessor:
         right = columns * side - how.resized[1] - left
         # Black, before normalisation: the real processor pads 8-bit pictures with zeros.
         large = torch.nn.functional.pad(large, (left, right, top, bottom))
-        cut = large.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+        cut = large.view(*large.shape[:2], rows, side, columns, side)
         parts = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
         return torch.cat([base[:, None], parts], 1)
 
@@ -117,19 +119,18 @@ def check_images(images: Tensor) -> tuple[int, int]:
 def _settings(processor: Any, config: Any) -> dict[str, Any]:  # noqa: ANN401
     """Attributes of a preprocessor, from a real one and the model's configuration."""
     packing, name = Packing.of(config), type(processor).__name__
-    pinpoints = tuple((int(rows), int(columns)) for rows, columns in processor.image_grid_pinpoints)
+    pinpoints = pairs(processor.image_grid_pinpoints)
     if pinpoints != packing.pinpoints:
         raise TargetError(
             f"image processor {name}: image_grid_pinpoints {list(pinpoints)} are not the model's "
             f"{list(packing.pinpoints)}; load the processor that belongs to the model"
         )
-    wanted = {packing.tile}
     named = {"size": processor.size}
     if processor.do_center_crop:
         named["crop_size"] = processor.crop_size
     for option, value in named.items():
         edges = _edges(value)
-        if set(edges) != wanted:
+        if set(edges) != {packing.tile}:
             raise TargetError(
                 f"image processor {name}: {option} {edges} does not give tiles of "
                 f"{packing.tile} × {packing.tile}, which the model's vision tower takes"
@@ -141,6 +142,8 @@ def _settings(processor: Any, config: Any) -> dict[str, Any]:  # noqa: ANN401
         "scale": float(processor.rescale_factor) if processor.do_rescale else 1.0,
         "mean": tuple(processor.image_mean) if normalise else (0.0,) * 3,
         "std": tuple(processor.image_std) if normalise else (1.0,) * 3,
+        # The mean colour in whole levels, as in the real processor.
+        "background": tuple(float(int(value * 255)) for value in processor.image_mean),
     }
 
 

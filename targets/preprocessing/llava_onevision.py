@@ -54,8 +54,7 @@ class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2
         pad = (left, side - width - left, top, side - height - top)
-        # Whole levels, as in the real processor.
-        colour = levels.new_tensor([float(int(value * 255)) for value in self.mean])
+        colour = levels.new_tensor(self.background)
         outside = torch.nn.functional.pad(torch.zeros_like(levels[:1, :1]), pad, value=1.0)
         square = torch.nn.functional.pad(levels, pad) + outside * colour[:, None, None]
         tile = self.packing.tile
