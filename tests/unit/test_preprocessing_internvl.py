@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -160,7 +160,7 @@ def test_a_whole_processor_turns_tiles_on() -> None:
     """`InternVLProcessor` overrides the image processor's own setting."""
 
     class Whole:
-        images_kwargs = {"crop_to_patches": True}
+        images_kwargs: ClassVar[dict[str, Any]] = {"crop_to_patches": True}
 
         def __init__(self, tokens: int) -> None:
             self.image_processor = processor(crop_to_patches=False)
