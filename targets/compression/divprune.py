@@ -32,7 +32,8 @@ class DivPrune(Compressor):
     *Differs from the paper in …*: the score is ours, the paper has none: the distance to the
     chosen set at which a token was chosen, for the others the distance at which it would be chosen
     next; the first token has its distance to the farthest token. The kept tokens are the top of
-    this score. Distances are differentiable, the greedy order is not.
+    this score. Distances are differentiable, the greedy order is not. A picture of several tiles
+    is one set of tokens.
     """
 
     name: ClassVar[str] = "divprune"
@@ -48,11 +49,13 @@ class DivPrune(Compressor):
 
     def score(self, seen: Seen) -> Scores:
         """Distance at which a token was or would be chosen, in [0, 2], ``[I, V]``."""
-        distance = cosine_distance(seen.features.float())
-        order = farthest_first(distance.detach(), seen.count)
-        score = distance_when_chosen(distance, order)
-        chosen = torch.zeros_like(score, dtype=torch.bool).scatter(1, order, True)
-        return Scores(score, standardised(score), chosen=chosen)
+        features = seen.features.float().masked_fill(~seen.valid[..., None], 0)
+        distance = cosine_distance(features)
+        order = farthest_first(distance.detach(), seen.counts, seen.valid)
+        score = distance_when_chosen(distance, order, seen.counts, seen.valid)
+        return Scores(
+            score, standardised(score, seen.valid), chosen=marked(order, seen.counts, seen.valid)
+        )
 
 
 def cosine_distance(features: Tensor) -> Tensor:
@@ -62,15 +65,20 @@ def cosine_distance(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def farthest_first(distance: Tensor, count: int) -> Tensor:
-    """Greedy max-min order: ``[I, V, V]`` → indices ``[I, count]`` in the order of choosing."""
-    tokens = distance.shape[1]
-    itself = torch.eye(tokens, dtype=torch.bool, device=distance.device)
-    nearest = distance.masked_fill(itself, torch.inf).amin(1)
-    chosen = nearest.argmax(1, keepdim=True)
+def farthest_first(distance: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
+    """Greedy max-min order: ``[I, V, V]`` → indices ``[I, K]`` in the order of choosing.
+
+    Args:
+        distance: between all places.
+        counts: long ``[I]``; K is the largest. Only the first `counts` of a row mean anything.
+        valid: bool ``[I, V]``, places that may be chosen.
+    """
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    nearest = distance.masked_fill(itself | ~valid[:, :, None], torch.inf).amin(1)
+    chosen = nearest.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True)
     order = [chosen]
-    gap = gather_rows(distance, chosen).squeeze(1)
-    for _ in range(count - 1):
+    gap = gather_rows(distance, chosen).squeeze(1).masked_fill(~valid, -torch.inf)
+    for _ in range(int(counts.amax()) - 1):
         # A chosen token must not come again, even where all that is left coincides with it.
         gap = gap.scatter(1, chosen, -torch.inf)
         chosen = gap.argmax(1, keepdim=True)
@@ -79,14 +87,29 @@ def farthest_first(distance: Tensor, count: int) -> Tensor:
     return torch.cat(order, 1)
 
 
-def distance_when_chosen(distance: Tensor, order: Tensor) -> Tensor:
-    """The score ``[I, V]`` of `DivPrune`, live in ``distance [I, V, V]``."""
-    count = order.shape[1]
+def marked(order: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
+    """The first ``counts [I]`` places of each row of ``order [I, K]``, bool ``[I, V]``."""
+    taken = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+    found = torch.zeros(valid.shape, dtype=torch.long, device=order.device)
+    return (found.scatter_add(1, order, taken.long()) > 0) & valid
+
+
+def distance_when_chosen(distance: Tensor, order: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
+    """The score ``[I, V]`` of `DivPrune`, live in ``distance [I, V, V]``; 0 where not valid."""
     to_chosen = gather_rows(distance, order)
-    place = torch.full(distance.shape[:2], count, device=order.device)
-    steps = torch.arange(count, device=order.device).expand_as(order)
-    place = place.scatter(1, order, steps)
+    steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    real = steps < counts[:, None]
+    place = _places(order, counts, distance.shape[1])
     later = steps[:, :, None] >= place[:, None]  # chosen no earlier than the token itself
-    gap = to_chosen.masked_fill(later, torch.inf).amin(1)
-    first = to_chosen[:, 0].amax(1, keepdim=True)
-    return torch.where(place == 0, first, gap)
+    gap = to_chosen.masked_fill(later | ~real[:, :, None], torch.inf).amin(1)
+    first = to_chosen[:, 0].masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    score = torch.where(place == 0, first, gap)
+    return score.masked_fill(~valid | score.detach().isinf(), 0)
+
+
+def _places(order: Tensor, counts: Tensor, width: int) -> Tensor:
+    """At which step each of `width` places was chosen, ``counts`` where it was not."""
+    steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    place = counts[:, None].expand(-1, width)
+    steps = torch.where(steps < counts[:, None], steps, counts[:, None])
+    return place.scatter_reduce(1, order, steps, "amin")

@@ -55,10 +55,12 @@ class Random(Compressor):
 
     def score(self, seen: Seen) -> Scores:
         """Uniform random numbers in [0, 1), ``[I, V]``."""
-        tokens = seen.features.shape[1]
+        width = seen.features.shape[1]
         rows = []
-        for seed in seen.seeds:
+        # As many numbers as the image has tokens, whatever the others in the batch have.
+        for seed, tokens in zip(seen.seeds, seen.totals.tolist(), strict=True):
             generator = torch.Generator().manual_seed((seed + self.seed) % 2**63)
-            rows.append(torch.rand(tokens, generator=generator))
+            drawn = torch.rand(tokens, generator=generator)
+            rows.append(torch.nn.functional.pad(drawn, (0, width - tokens)))
         score = torch.stack(rows).to(seen.features.device)
-        return Scores(score, standardised(score))
+        return Scores(score, standardised(score, seen.valid))

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Interval
+from torch import Tensor
 
 from targets.compression.base import Compressor, Scores, Seen, Stage
 from targets.compression.scoring import standardised
@@ -28,7 +29,8 @@ class Uniform(Compressor):
         CompressionError: for an option outside its range.
 
     *Differs from the paper in …*: a baseline without a paper. Steps are centred, so that for
-    K = 1 the middle token is kept, not the first.
+    K = 1 the middle token is kept, not the first. V is the number of tokens an image has at the
+    cut; a picture of several tiles is one row of tokens, in the order the model reads them.
     """
 
     name: ClassVar[str] = "uniform"
@@ -44,8 +46,22 @@ class Uniform(Compressor):
 
     def score(self, seen: Seen) -> Scores:
         """1 for the evenly spaced tokens, else 0, ``[I, V]``."""
-        images, tokens = seen.features.shape[:2]
-        places = [(2 * i + 1) * tokens // (2 * seen.count) for i in range(seen.count)]
-        score = torch.zeros(images, tokens, device=seen.features.device)
-        score[:, places] = 1.0
-        return Scores(score, standardised(score))
+        spaced = evenly_spaced(seen.counts, seen.valid)
+        score = spaced.float()
+        return Scores(score, standardised(score, seen.valid))
+
+
+@torch.no_grad()
+def evenly_spaced(counts: Tensor, valid: Tensor) -> Tensor:
+    """``counts [I]`` of the valid places ``[I, V]``, evenly spaced in their order: bool."""
+    if valid.numel() == 0:
+        return torch.zeros_like(valid)
+    most = torch.arange(int(counts.amax()), device=valid.device)
+    number = valid.sum(1, keepdim=True)
+    places = (2 * most + 1) * number // (2 * counts[:, None].clamp_min(1))
+    wanted = most < counts[:, None]
+    places = places.clamp_max(valid.shape[1] - 1)
+    marked = torch.zeros(valid.shape, dtype=torch.long, device=valid.device)
+    marked = marked.scatter_add(1, places, wanted.long())
+    rank = (valid.long().cumsum(1) - 1).clamp_min(0)
+    return (marked.gather(1, rank) > 0) & valid
