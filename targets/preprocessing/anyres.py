@@ -8,7 +8,7 @@ size of a picture alone, so both the image processor and the model's side ask th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import torch
@@ -39,6 +39,20 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedLayout(Layout):
+    """A layout that knows which patches of the vision tower each token is made of.
+
+    Attributes:
+        patches: long ``[V, r]``, patches counted over the tiles of the picture (tile · P + patch).
+        weights: float ``[V, r]``, how much of each; rows sum to 1. Patches are mixed behind the
+            projector.
+    """
+
+    patches: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """The tokens of the tiles along one direction of the picture.
 
@@ -49,6 +63,7 @@ class Axis:
         end: float64 ``[n]``, where it ends.
         sources: long ``[n, 2]``, the two patches of the whole grid it is interpolated from.
         weights: float64 ``[n, 2]``, how much it takes of each; they sum to 1.
+        mixes: whether any takes something of both.
     """
 
     tile: Tensor
@@ -57,6 +72,7 @@ class Axis:
     end: Tensor
     sources: Tensor
     weights: Tensor
+    mixes: bool
 
     def __len__(self) -> int:
         return len(self.tile)
@@ -126,7 +142,7 @@ class Packing:
         rows, columns = (self._axis(size, how, parts[axis], wanted[axis], axis) for axis in (0, 1))
         return rows, columns
 
-    def layout(self, size: Size) -> Layout:
+    def layout(self, size: Size) -> PackedLayout:
         """Tokens of a picture of this height and width, in the order of the language model.
 
         First the whole picture, row by row; then the grid of the tiles, each row closed by a
@@ -144,7 +160,9 @@ class Packing:
             [rows.start[down], columns.start[across], rows.end[down], columns.end[across]], 1
         )
         first = base.tokens
-        return Layout(
+        patches, weights = self._mixture(rows, columns, tiles[1])
+        whole = base.patches.expand(-1, patches.shape[1])
+        return PackedLayout(
             boxes=torch.cat([base.boxes, boxes]),
             tile=torch.cat([base.tile, 1 + rows.tile[down] * tiles[1] + columns.tile[across]]),
             row=torch.cat([base.row, rows.patch[down]]),
@@ -153,16 +171,11 @@ class Packing:
             base=0,
             columns=torch.cat([base.columns, first + down * (wide + 1) + across]),
             placeholders=first + high * (wide + 1),
+            patches=torch.cat([whole, patches]),
+            weights=torch.cat([torch.eye(1, patches.shape[1]).double().expand(first, -1), weights]),
         )
 
-    def interpolates(self, size: Size) -> bool:
-        """Whether tokens of the tiles of such a picture are mixed from several patches."""
-        grid = tuple(count * self.side for count in self.tiling(size).shape)
-        parts = unpadded(size, (grid[0], grid[1]))
-        here = (len(parts[0]), len(parts[1]))
-        return self._pooled(here) != here
-
-    def single(self, size: Size) -> Layout:
+    def single(self, size: Size) -> PackedLayout:
         """Tokens of a picture that is one padded square (OneVision, several in a prompt).
 
         They are closed by one newline.
@@ -172,12 +185,25 @@ class Packing:
         square = self._view(corner, (side / self.tile,) * 2)
         return replace(square, placeholders=square.tokens + 1)
 
-    def _view(self, corner: tuple[float, float], scale: tuple[float, float]) -> Layout:
+    def _view(self, corner: tuple[float, float], scale: tuple[float, float]) -> PackedLayout:
         """A tile that shows the picture from a corner on, each of its pixels `scale` of those."""
         top, left = corner
         length = self.side * self.patch
         box = (top, left, top + length * scale[0], left + length * scale[1])
-        return Layout.grid((self.side, self.side), box)
+        grid = Layout.grid((self.side, self.side), box)
+        values = {one.name: getattr(grid, one.name) for one in fields(Layout)}
+        own = torch.arange(grid.tokens)[:, None]
+        return PackedLayout(**values, patches=own, weights=torch.ones(grid.tokens, 1).double())
+
+    def _mixture(self, rows: Axis, columns: Axis, wide: int) -> tuple[Tensor, Tensor]:
+        """`patches` and `weights` of the tokens of the tiles, `wide` of which are side by side."""
+        take = 2 if rows.mixes or columns.mixes else 1
+        side = self.side
+        down, across = rows.sources[:, None, :take, None], columns.sources[None, :, None, :take]
+        tile = 1 + (down // side) * wide + across // side
+        patches = tile * side**2 + (down % side) * side + across % side
+        weights = rows.weights[:, None, :take, None] * columns.weights[None, :, None, :take]
+        return patches.flatten(2).flatten(0, 1), weights.flatten(2).flatten(0, 1)
 
     def _pooled(self, grid: Size) -> Size:
         """Rows and columns after the limit."""
@@ -207,6 +233,7 @@ class Packing:
             end=(stop - how.offset[axis]) * pixels,
             sources=part.start + torch.stack([low, high], 1),
             weights=torch.stack([1 - share, share], 1),
+            mixes=wanted != have,
         )
 
     def _pixel(self, place: float, patch: int) -> float:
