@@ -18,8 +18,9 @@ from targets.compression.session import compress
 from targets.compression.trace import Forced
 from targets.errors import TargetError
 from targets.families import family_of
+from targets.families.base import Family
 from targets.passes import Passes
-from targets.preprocessing import Preprocessor
+from targets.preprocessing import Layout
 from targets.prompts import PromptBook
 from targets.views import make_view
 
@@ -70,18 +71,10 @@ class LVLM:
     ) -> None:
         model.eval().requires_grad_(False)
         family = family_of(model)
-        preprocess = Preprocessor.of(processor.image_processor)
-        if preprocess.size != family.image_size:
-            raise TargetError(
-                f"the processor makes {preprocess.size} pictures, the vision tower takes "
-                f"{family.image_size}; load the processor that belongs to the model"
-            )
-        prompts = PromptBook(processor, family.image_token_id, family.tokens, family.device)
-        self._passes = Passes(family, preprocess, prompts)
+        preprocess = family.preprocessing(processor)
+        self._passes = Passes(family, preprocess, PromptBook(processor, family))
         self._tokenizer = processor.tokenizer
         self.identity: dict[str, str] = dict(identity or {"class": type(model).__name__})
-        self.grid = family.grid
-        self.image_size = family.image_size
 
     @classmethod
     def load(
@@ -126,9 +119,13 @@ class LVLM:
         return self._passes.family.device
 
     @property
-    def tokens(self) -> int:
-        """V, visual tokens of one image."""
-        return self._passes.family.tokens
+    def family(self) -> Family:
+        """The adapter around the model."""
+        return self._passes.family
+
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """The visual tokens of a picture of this height and width."""
+        return self._passes.layout(size)
 
     def answer(
         self,
@@ -163,7 +160,7 @@ class LVLM:
             family = self._passes.family
             session = compress(family.model, compressor, family=family, kept=kept, seeds=seeds)
         with torch.no_grad():
-            ids = self._passes.generate(images, questions, session, max_new_tokens)
+            ids = self._passes.generate(images, questions, session, max_new_tokens, compressor)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts = tuple(text.strip() for text in texts)
         seconds = time.perf_counter() - started

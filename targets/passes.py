@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from targets.base import Ranking, VisionOutput
-from targets.compression.base import Compressor, Seen, Stage
+from targets.compression.base import Compressor
+from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
-from targets.compression.trace import choose, ranking_of
 from targets.errors import TargetError
 from targets.families.base import Family
-from targets.preprocessing import Preprocessor
-from targets.prompts import Dialogue, Prompt, PromptBook
+from targets.preprocessing import Layout, Preprocessing
+from targets.prompts import Dialogue, Prompt, PromptBook, Size
 
 RELAX = 1.0
 """Temperature of the straight-through relaxation, in units of the log-score."""
@@ -34,16 +33,30 @@ class Passes:
         prompts: texts to ids.
     """
 
-    def __init__(self, family: Family, preprocess: Preprocessor, prompts: PromptBook) -> None:
+    def __init__(self, family: Family, preprocess: Preprocessing, prompts: PromptBook) -> None:
         self.family, self.preprocess, self.prompts = family, preprocess, prompts
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Normalised input of the tower, on the model's device."""
-        return self.preprocess(images.to(self.family.device))
+    def inputs(
+        self, images: Tensor, compressor: Compressor | None = None
+    ) -> tuple[dict[str, Tensor], Layout, Size]:
+        """What the model takes of pictures, how its tokens lie in them, and their size.
+
+        A compressor that acts on pixels acts here.
+        """
+        images = images.to(self.family.device)
+        for one in () if compressor is None else parts_of(compressor):
+            images = one.shrink(images)
+        size = (images.shape[-2], images.shape[-1])
+        return self.preprocess.inputs(images), self.layout(size), size
+
+    def layout(self, size: Size) -> Layout:
+        """The visual tokens of a picture of this height and width."""
+        return self.preprocess.layout(size)
 
     def encode(self, images: Tensor) -> VisionOutput:
         """Patch features and the head-mean attention that marks them."""
-        vision = self.family.encode(self.pixels(images))
+        inputs, layout, _ = self.inputs(images)
+        vision = self.family.encode(inputs, [layout] * len(images))
         return VisionOutput(vision.patches, vision.attention().mean(1))
 
     def rank(
@@ -55,33 +68,11 @@ class Passes:
     ) -> Ranking:
         """Rank the visual tokens, running nothing behind the ranking point."""
         _one_each(images, questions)
-        family = self.family
-        if compressor.stage is not Stage.LAYER:
-            return self._rank_before_text(images, compressor, seeds)
-        projected = family.project(family.encode(self.pixels(images)))
         session = self._session(compressor, "rank", seeds)
         with session, contextlib.suppress(RankingReached):
-            self._run(self.prompts.prompt(questions), projected)
+            inputs, layout, size = self.inputs(images, compressor)
+            self._run(self.prompts.prompt(questions, layout, size), inputs)
         return session.trace.ranking()
-
-    def _rank_before_text(
-        self, images: Tensor, compressor: Compressor, seeds: Sequence[int] | None
-    ) -> Ranking:
-        family = self.family
-        vision = family.encode(self.pixels(images))
-        projected = family.project(vision)
-        count = compressor.budget(projected.shape[1])
-        rows = (0,) * len(images) if seeds is None else tuple(seeds)
-        seen = Seen(projected, count, rows)
-        if compressor.stage is Stage.VISION:
-            seen = replace(
-                seen,
-                attention=vision.attention(),
-                query=vision.query,
-                keys=vision.patch_keys,
-                vision=vision,
-            )
-        return ranking_of(*choose(compressor, seen), seen)
 
     def answer_logprobs(
         self,
@@ -104,11 +95,12 @@ class Passes:
             relax: see `targets.compression.session.compress`.
         """
         _one_each(images, questions)
-        talk = self.prompts.dialogue(questions, answers)
+        inputs, layout, size = self.inputs(images, compressor)
+        talk = self.prompts.dialogue(questions, answers, layout, size)
         if compressor is None:
-            return self._logprobs(self._run(talk, self._projected(images)), talk), talk
+            return self._logprobs(self._run(talk, inputs), talk), talk
         with self._session(compressor, "hard", seeds, talk, relax):
-            hidden = self._run(talk, self._projected(images))
+            hidden = self._run(talk, inputs)
         return self._logprobs(hidden, talk), talk
 
     def nll(
@@ -134,10 +126,11 @@ class Passes:
     ) -> tuple[Tensor, Dialogue, Ranking]:
         """`answer_logprobs` with all tokens and `rank`, from one forward pass."""
         _one_each(images, questions)
-        talk = self.prompts.dialogue(questions, answers)
+        inputs, layout, size = self.inputs(images)
+        talk = self.prompts.dialogue(questions, answers, layout, size)
         session = self._session(compressor, "observe", None, talk)
         with session:
-            hidden = self._run(talk, self._projected(images))
+            hidden = self._run(talk, inputs)
         return self._logprobs(hidden, talk), talk, session.trace.ranking()
 
     def option_scores(
@@ -166,12 +159,14 @@ class Passes:
         questions: Sequence[str],
         session: CompressionSession | None,
         max_new_tokens: int,
+        compressor: Compressor | None = None,
     ) -> Tensor:
         """Greedy answers as ids ``[B, ≤ max_new_tokens]``, inside a session if one is given."""
         from transformers import GenerationConfig
 
         _one_each(images, questions)
-        prompt = self.prompts.prompt(questions)
+        inputs, layout, size = self.inputs(images, compressor)
+        prompt = self.prompts.prompt(questions, layout, size)
         ends = {self.prompts.end}
         configured = self.family.model.generation_config.eos_token_id
         ends |= set(configured if isinstance(configured, list) else [configured]) - {None}
@@ -187,18 +182,17 @@ class Passes:
             ids: Tensor = self.family.model.generate(
                 input_ids=prompt.ids,
                 attention_mask=prompt.mask,
-                pixel_values=self.pixels(images).to(self.family.dtype),
                 generation_config=config,
+                **self.family.cast(inputs),
+                **self.family.extras(prompt.ids, prompt.mask),
             )
             return ids[:, prompt.ids.shape[1] :]
 
         return _inside(session, run)
 
-    def _projected(self, images: Tensor) -> Tensor:
-        return self.family.project(self.family.encode(self.pixels(images)))
-
-    def _run(self, prompt: Prompt, projected: Tensor) -> Tensor:
-        return self.family.run(prompt.ids, prompt.mask, prompt.positions, projected)
+    def _run(self, prompt: Prompt, inputs: dict[str, Tensor]) -> Tensor:
+        encoded = self.family.encoded(inputs)
+        return self.family.run(prompt.ids, prompt.mask, encoded, inputs)
 
     def _logprobs(self, hidden: Tensor, talk: Dialogue) -> Tensor:
         tail = hidden[:, hidden.shape[1] - talk.targets.shape[1] :]

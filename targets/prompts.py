@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from targets.errors import TargetError
+from targets.families.base import Family
+from targets.preprocessing import Layout
 
 _REMEMBERED = 512
+Size = tuple[int, int]
+"""Height and width of a picture."""
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
@@ -22,14 +26,12 @@ class Prompt:
     """A batch of prompts, left-padded.
 
     Attributes:
-        ids: ``[B, L]``, V placeholders for the image included.
+        ids: ``[B, L]``, all placeholders for the image included.
         mask: ``[B, L]``, 0 for padding.
-        positions: ``[B, L]``, counted from the first real token.
     """
 
     ids: Tensor
     mask: Tensor
-    positions: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,7 @@ class PromptBook:
 
     Args:
         processor: with tokenizer and, if it has one, a chat template.
-        image_token_id: the placeholder.
-        tokens: V, placeholders of an image.
-        device: where the tensors go.
+        family: the model's adapter; it writes out what stands for a picture.
 
     Raises:
         TargetError: if a template does not place exactly one image, or there is no end token.
@@ -64,17 +64,16 @@ class PromptBook:
     def __init__(
         self,
         processor: Any,  # noqa: ANN401 - transformers is untyped
-        image_token_id: int,
-        tokens: int,
-        device: torch.device,
+        family: Family,
     ) -> None:
         self._processor, self._tokenizer = processor, processor.tokenizer
-        self._image, self._tokens, self._device = image_token_id, tokens, device
-        self._texts: OrderedDict[tuple[str, str | None], tuple[list[int], list[int]]]
+        self._family, self._device = family, family.device
+        self._texts: OrderedDict[tuple[str, str | None, Size], tuple[list[int], list[int]]]
         self._texts = OrderedDict()
-        self._batches: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Dialogue]
+        self._batches: OrderedDict[tuple[tuple[str, ...], tuple[str, ...], Size], Dialogue]
         self._batches = OrderedDict()
-        self._prompts: OrderedDict[tuple[str, ...], Prompt] = OrderedDict()
+        self._prompts: OrderedDict[tuple[tuple[str, ...], Size], Prompt] = OrderedDict()
+        self._layouts: dict[Size, Layout] = {}
         end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         if end is None:
             raise TargetError("the tokenizer has no end-of-sequence token; answers could not end")
@@ -100,34 +99,45 @@ class PromptBook:
             )
         return text
 
-    def prompt(self, questions: Sequence[str]) -> Prompt:
-        """Prompts of a batch of questions, left-padded."""
-        key = tuple(questions)
+    def prompt(self, questions: Sequence[str], layout: Layout, size: Size) -> Prompt:
+        """Prompts of a batch of questions, left-padded.
+
+        Args:
+            questions: B texts.
+            layout: of the pictures.
+            size: height and width of the pictures; those of one size have one layout.
+        """
+        key = tuple(questions), size
+        self._layouts[size] = layout
         found = self._prompts.get(key)
         if found is None:
-            found = self._pad([self._encode(question, None)[0] for question in key])
+            found = self._pad([self._encode(question, None, size)[0] for question in key[0]])
             _remember(self._prompts, key, found)
         return found
 
-    def dialogue(self, questions: Sequence[str], answers: Sequence[str]) -> Dialogue:
+    def dialogue(
+        self, questions: Sequence[str], answers: Sequence[str], layout: Layout, size: Size
+    ) -> Dialogue:
         """Prompts of a batch with their answers, end tokens included.
 
         Raises:
             TargetError: if there is not one answer a question.
         """
-        key = tuple(questions), tuple(answers)
+        key = tuple(questions), tuple(answers), size
         found = self._batches.get(key)
         if found is None:
             if len(questions) != len(answers):
                 raise TargetError(f"{len(questions)} questions with {len(answers)} answers")
-            found = self._join(*key)
+            found = self._join(key[0], key[1], layout, size)
             _remember(self._batches, key, found)
         return found
 
-    def _join(self, questions: tuple[str, ...], answers: tuple[str, ...]) -> Dialogue:
-        prompt = self.prompt(questions)
+    def _join(
+        self, questions: tuple[str, ...], answers: tuple[str, ...], layout: Layout, size: Size
+    ) -> Dialogue:
+        prompt = self.prompt(questions, layout, size)
         pairs = zip(questions, answers, strict=True)
-        rows = [self._encode(question, answer)[1] for question, answer in pairs]
+        rows = [self._encode(question, answer, size)[1] for question, answer in pairs]
         width = max(map(len, rows))
         filled = [row + [self.pad] * (width - len(row)) for row in rows]
         targets = torch.tensor(filled, device=self._device)
@@ -135,7 +145,7 @@ class PromptBook:
         real = torch.arange(width, device=self._device) < lengths[:, None]
         mask = torch.cat([prompt.mask, real[:, 1:].long()], 1)
         ids = torch.cat([prompt.ids, targets[:, :-1]], 1)
-        return Dialogue(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), targets, real)
+        return Dialogue(ids, mask, targets, real)
 
     def _pad(self, rows: list[list[int]]) -> Prompt:
         width = max(map(len, rows))
@@ -144,14 +154,14 @@ class PromptBook:
         )
         lengths = torch.tensor([len(row) for row in rows], device=self._device)
         real = torch.arange(width, device=self._device) >= width - lengths[:, None]
-        mask = real.long()
-        return Prompt(ids, mask, (mask.cumsum(1) - 1).clamp_min(0))
+        return Prompt(ids, real.long())
 
-    def _encode(self, question: str, answer: str | None) -> tuple[list[int], list[int]]:
+    def _encode(self, question: str, answer: str | None, size: Size) -> tuple[list[int], list[int]]:
         """Ids of a prompt, and of its answer with the end token."""
-        found = self._texts.get((question, answer))
+        found = self._texts.get((question, answer, size))
         if found is None:
             text = self.text(question)
+            text = self._family.expand(text, self._processor.image_token, self._layouts[size])
             prompt = self._ids(text)
             reply: list[int] = []
             if answer is not None:
@@ -161,8 +171,8 @@ class PromptBook:
                 fits = whole[: len(prompt)] == prompt
                 alone = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
                 reply = [*(whole[len(prompt) :] if fits else alone), self.end]
-            found = self._expand(prompt), reply
-            _remember(self._texts, (question, answer), found)
+            found = prompt, reply
+            _remember(self._texts, (question, answer, size), found)
         return found
 
     def _ids(self, text: str) -> list[int]:
@@ -171,10 +181,6 @@ class PromptBook:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         # Tokenizers that append an end token would end the prompt before the answer.
         return ids[:-1] if ids and ids[-1] == self.end else ids
-
-    def _expand(self, ids: list[int]) -> list[int]:
-        place = ids.index(self._image)
-        return [*ids[:place], *[self._image] * self._tokens, *ids[place + 1 :]]
 
 
 def _remember(shelf: OrderedDict[_Key, _Value], key: _Key, value: _Value) -> None:

@@ -154,8 +154,7 @@ def make_view(passes: Passes, knowledge: Knowledge, compressor: Compressor | Non
     """The view for a knowledge; see `targets.lvlm.LVLM.view`."""
 
     def pixels(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        grid = tokens.float().view(len(tokens), 1, *passes.family.grid)
-        return passes.preprocess.source_pixels(grid, size)
+        return passes.layout(size).pixels(tokens.float(), size)
 
     def encode(images: Tensor) -> VisionOutput:
         return passes.encode(images)

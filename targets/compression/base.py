@@ -306,7 +306,9 @@ class Compressor(ABC):
         del layers
         return ()
 
-    def watch(self, layer: int, module: str, before: Tensor, after: Tensor, seen: Seen) -> None:
+    def watch(  # noqa: B027 - most methods watch nothing
+        self, layer: int, module: str, before: Tensor, after: Tensor, seen: Seen
+    ) -> None:
         """See a module of a watched layer at work; results go into ``seen.memory``.
 
         Args:
@@ -316,6 +318,10 @@ class Compressor(ABC):
             after: ``[I, V, D]`` its output before the residual connection.
             seen: valid places, memory and the like; `features` are `before`.
         """
+
+    def shrink(self, images: Tensor) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in [0, 1] as it hands them on (Stage.PIXELS shrinks them)."""
+        return images
 
     def install(self, family: Family, memory: dict[str, Any]) -> Sequence[Any]:
         """Hooks of its own (stages TOWER and ATTENTION).
@@ -382,7 +388,7 @@ class Compressor(ABC):
     def score(self, seen: Seen) -> Scores:
         """Rank the visual tokens, differentiably where the method allows it."""
 
-    def look(self, seen: Seen) -> None:
+    def look(self, seen: Seen) -> None:  # noqa: B027 - most methods only cut
         """Remember something at a cut that drops nothing, in ``seen.memory``."""
 
     def select(self, scores: Scores, seen: Seen) -> Selection:

@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from targets.compression.base import Compressor
+from targets.compression.base import Compressor, Cut
 from targets.errors import CompressionError
 from targets.families.base import Family
 
 _OWNER = "_open_compression_session"
 
 
-def check(family: Family, compressor: Compressor, relax: float | None) -> None:
-    """Refuse a compressor that does not fit a model.
+def check(
+    family: Family, parts: Sequence[Compressor], cuts: Sequence[Cut], relax: float | None
+) -> None:
+    """Refuse compressors that do not fit a model.
 
     Raises:
         CompressionError: with the option at fault.
     """
     layers = len(family.layers)
-    for layer in (compressor.looks_at, compressor.prunes_at):
-        if layer is not None and not 0 <= layer < layers:
+    for cut in cuts:
+        for layer in (cut.looks_at, cut.layer):
+            if layer is not None and not 0 <= layer < layers:
+                raise CompressionError(
+                    f"compressor {owner(cut).name}: layer {cut.layer} does not exist; the "
+                    f"language model has layers 0 to {layers - 1}"
+                )
+    fixed = family.fixed_tokens()
+    for one in parts:
+        if fixed and one.keep_tokens is not None and one.keep_tokens > fixed:
             raise CompressionError(
-                f"compressor {compressor.name}: layer {compressor.prunes_at} does not exist; the "
-                f"language model has layers 0 to {layers - 1}"
+                f"compressor {one.name}: keep_tokens is {one.keep_tokens}, but an image has "
+                f"{fixed} visual tokens"
             )
-    compressor.budget(family.tokens)
+        reason = one.refuses(family) or family.refuses(one)
+        if reason:
+            raise CompressionError(f"compressor {one.name}: {reason}")
     implementation = str(getattr(family.text.config, "_attn_implementation", ""))
     if relax is not None and implementation not in ("sdpa", "eager"):
         raise CompressionError(
             f"the straight-through path needs a mask with a gradient, which {implementation} does "
             "not take; load the model with attn_implementation sdpa or eager"
         )
+
+
+def owner(cut: Cut) -> Compressor:
+    """The compressor a cut belongs to."""
+    if cut.by is None:
+        raise CompressionError("this cut belongs to no compressor")
+    return cut.by
 
 
 def acquire(model: Any, session: object) -> None:  # noqa: ANN401 - transformers is untyped
@@ -134,23 +154,40 @@ def check_length(mask: Tensor, cache: Any, layer: int, steps: int) -> None:  # n
         )
 
 
-def columns_of(kwargs: dict[str, Any], embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """The 2-D mask and position ids ``[B, L]`` of a prefill; ones and 0 … L−1 where absent.
+def columns_of(
+    kwargs: dict[str, Any], embeds: Tensor, outer: Tensor | None
+) -> tuple[Tensor, Tensor, Any]:
+    """The 2-D mask and position ids of a prefill; ones and 0 … L−1 where absent.
+
+    Args:
+        kwargs: arguments of the language model.
+        embeds: ``[B, L, D]``.
+        outer: the mask the whole model was given.
+
+    Returns:
+        The mask ``[B, L]``, position ids ``[…, B, L]``, and the mask the language model was given
+        if that is another form made from it, else None.
 
     Raises:
-        CompressionError: for masks that are not two-dimensional.
+        CompressionError: for masks that cannot be traced back to a 2-D one.
     """
     rows, length = embeds.shape[:2]
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(rows, length, dtype=torch.long, device=embeds.device)
-    if not isinstance(mask, Tensor) or mask.shape != (rows, length):
-        form = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    given = kwargs.get("attention_mask")
+    flat = given if isinstance(given, Tensor) and given.dim() == 2 else outer
+    if given is None and flat is None:
+        flat = torch.ones(rows, length, dtype=torch.long, device=embeds.device)
+    elif flat is None:
+        # Families that make their own masks do so without a 2-D one where nothing is padded.
+        flat = torch.ones(rows, length, dtype=torch.long, device=embeds.device)
+    if not isinstance(flat, Tensor) or flat.shape != (rows, length):
+        form = list(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
         raise CompressionError(
             f"the language model was given a mask of form {form}; compression needs one of "
             f"[{rows}, {length}]"
         )
+    if isinstance(given, Tensor) and given.dim() == 2:
+        given = None
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(length, device=embeds.device)[None]
-    return mask.long(), positions.expand(rows, length)
+    return flat.long(), positions.expand(*positions.shape[:-2], rows, length), given

@@ -4,9 +4,9 @@
         model.generate(**inputs)
     session.trace.kept
 
-The vision tower and projector are watched, the language model receives a shorter sequence (or,
-from layer K on, its layers do), and decoding continues with each group of layers knowing its own
-columns. Ids, placeholders and the mask that `generate` works with stay as they are.
+The vision tower is watched, the language model receives a shorter sequence (or, from layer K on,
+its layers do), and decoding continues with each group of layers knowing its own columns. Ids,
+placeholders and the mask that `generate` works with stay as they are.
 
 Three traps of transformers 5 are kept shut: layers never see position ids with gaps (they would be
 taken for packed sequences), a 2-D mask is always passed on, and layers whose cache is shorter get
@@ -16,7 +16,6 @@ their own mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -24,14 +23,17 @@ import torch
 from torch import Tensor
 
 from targets.compression import guards
-from targets.compression.base import Compressor, Merged, Stage
-from targets.compression.layout import Group, ImageSlots, find_slots
+from targets.compression import state as states
+from targets.compression.base import Compressor, Cut, Merged, Stage
+from targets.compression.layout import Group, find_slots, last_position
+from targets.compression.pipeline import Pipeline, owned, parts_of
 from targets.compression.ranker import Ranker
 from targets.compression.state import TextPass
-from targets.compression.trace import Forced, Trace
+from targets.compression.trace import CutTrace, Forced, Trace
 from targets.errors import CompressionError
 from targets.families import family_of
 from targets.families.base import Family
+from targets.families.vision import LayerPass, VisionPass, VisionTap
 
 Mode = Literal["hard", "masked", "observe", "rank"]
 _STATE = "redteam_pass"
@@ -51,7 +53,7 @@ class CompressionSession:
     def __init__(
         self,
         model: Any,  # noqa: ANN401 - transformers is untyped
-        compressor: Compressor,
+        compressor: Compressor | Sequence[Compressor],
         *,
         family: Family | None = None,
         mode: Mode = "hard",
@@ -62,17 +64,24 @@ class CompressionSession:
     ) -> None:
         self.trace = Trace()
         self._family = family if family is not None else family_of(model)
-        self._compressor, self._mode = compressor, mode
-        self._ranker = Ranker(compressor, self._family, kept, seeds, answer_columns, relax)
+        one = compressor if isinstance(compressor, Compressor) else Pipeline(stages=(*compressor,))
+        self._parts, self._mode = parts_of(one), mode
+        self._cuts_of = _sorted_cuts(self._parts, len(self._family.layers), mode)
+        self._ranker = Ranker(self._family, self._cuts_of, kept, seeds, answer_columns, relax)
         self._cuts = mode in ("hard", "masked")
-        self._tap = self._family.tap()
         self._handles: list[Any] = []
+        self._ids: Tensor | None = None
         self._image_mask: Tensor | None = None
-        self._pictures = False
-        self._vision: tuple[Trace, Merged | None] | None = None
+        self._mask: Tensor | None = None
+        self._inputs: dict[str, Any] = {}
+        self._tower_memory: dict[int, dict[str, Any]] = {}
+        self._emerged: Merged | None = None
+        self._tower: Compressor | None = None
+        self._running: TextPass | None = None
         self._groups: dict[int, Group] = {}
         self._last: Tensor | None = None  # [B] position id of the last column so far
-        guards.check(self._family, compressor, relax)
+        guards.check(self._family, self._parts, self._cuts_of, relax)
+        self._tap = self._make_tap()
 
     def __enter__(self) -> CompressionSession:
         guards.acquire(self._family.model, self)
@@ -96,14 +105,27 @@ class CompressionSession:
         index = self._groups[max(self._groups)].index if self._groups else None
         return labels if index is None else labels.gather(1, index)
 
+    def _make_tap(self) -> VisionTap | None:
+        if not any(one.sees_tower and one.stage is not Stage.TOWER for one in self._parts):
+            return None
+        family = self._family
+        layers = {
+            layer
+            for one in self._parts
+            for layer in one.tower_layers(family.tower_depth, family.feature_layer)
+        }
+        return family.tap(sorted(layers))
+
     def _install(self) -> None:
         family = self._family
-        if self._compressor.stage is Stage.VISION:
+        if self._tap is not None:
             self._tap.__enter__()
-            self._handles += [
-                family.projector.register_forward_pre_hook(self._before_projector),
-                family.projector.register_forward_hook(self._behind_projector),
-            ]
+        for one in self._parts:
+            if one.stage is Stage.TOWER:
+                self._install_tower(one)
+            elif one.stage is Stage.ATTENTION and self._cuts:
+                self._handles += one.install(family, self._tower_memory.setdefault(id(one), {}))
+        self._handles += family.attach(lambda: self._running)
         self._handles += [
             family.core.register_forward_pre_hook(self._before_model, with_kwargs=True),
             family.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
@@ -111,46 +133,46 @@ class CompressionSession:
         for layer, module in enumerate(family.layers):
             hook = self._layer_hook(layer)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for one in self._parts:
+            for layer in one.watches(len(family.layers)):
+                self._watch(one, layer)
+
+    def _install_tower(self, one: Compressor) -> None:
+        memory = self._tower_memory.setdefault(id(one), {})
+
+        def begin(module: object, inputs: object) -> None:
+            del module, inputs
+            memory.clear()
+
+        self._tower = one
+        self._handles.append(self._family.tower.register_forward_pre_hook(begin))
+        if self._cuts:
+            self._handles += one.install(self._family, memory)
+        self._handles.append(
+            self._family.projector.register_forward_pre_hook(self._before_projector)
+        )
 
     def _remove(self) -> None:
-        for handle in self._handles:
+        for handle in reversed(self._handles):
             handle.remove()
         self._handles = []
-        self._tap.__exit__(None, None, None)
+        if self._tap is not None:
+            self._tap.__exit__(None, None, None)
         guards.release(self._family.model, self)
 
-    # Vision tower and projector -----------------------------------------------------------------
+    # A tower that is shortened inside -----------------------------------------------------------
 
     def _before_projector(self, module: object, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         del module
-        vision = self._tap.latest
-        if vision is None:
-            raise CompressionError(
-                f"compressor {self._compressor.name} ranks by the vision tower, which has not run "
-                "inside this session; pass pixel_values, not encoder outputs made before"
-            )
-        trace = Trace()
-        seen = self._ranker.at_vision(vision, trace)
-        selection = trace.selection
-        if selection is None or not self._cuts or bool(selection.kept.all()):
-            self._vision = (trace, None)
+        if self._tower is None or not self._cuts:
             return None
-        merged = self._compressor.merge(selection, seen)
-        self._vision = (trace, merged)
-        return (merged.features.to(inputs[0].dtype), *inputs[1:])
-
-    def _behind_projector(self, module: object, inputs: object, output: Tensor) -> Tensor | None:
-        del module, inputs
-        if self._vision is None:
-            return None
-        trace, merged = self._vision
-        if merged is None:
-            if trace.seen is not None:  # patch by patch, these are what the text model receives
-                trace.seen = replace(trace.seen, features=output)
-            return None
-        tokens = self._family.tokens
-        # Placeholders stay as many as they are: merged tokens take the first places of the image.
-        return torch.nn.functional.pad(output, (0, 0, 0, tokens - output.shape[1]))
+        features: Tensor = inputs[0]
+        merged = self._tower.emerge(features, self._tower_memory[id(self._tower)])
+        self._emerged = merged
+        # Placeholders stay as many as they are, so the projector gets as many features.
+        grid = self._family.fixed_tokens()
+        pad = grid - merged.features.shape[1]
+        return (torch.nn.functional.pad(merged.features, (0, 0, 0, pad)), *inputs[1:])
 
     # Text model ---------------------------------------------------------------------------------
 
@@ -158,8 +180,8 @@ class CompressionSession:
         del module
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._image_mask = None if ids is None else ids == self._family.image_token_id
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        self._pictures = kwargs.get("pixel_values") is not None or encoded.get("image") is not None
+        self._mask = kwargs.get("attention_mask")
+        self._inputs = kwargs
 
     def _before_text(
         self, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -170,69 +192,125 @@ class CompressionSession:
         kwargs = dict(kwargs)
         if cache is None or cache.get_seq_length() == 0:
             state = self._prefill(kwargs)
-            self.trace = state.trace
         else:
             state = self._decode(kwargs)
-        self._groups = state.groups
+        self._groups, self._running = state.groups, state
         kwargs[_STATE] = state
         return args, kwargs
 
     def _prefill(self, kwargs: dict[str, Any]) -> TextPass:
         embeds: Tensor = kwargs["inputs_embeds"]
         rows, length = embeds.shape[:2]
-        mask, positions = guards.columns_of(kwargs, embeds)
+        mask, positions, given = guards.columns_of(kwargs, embeds, self._mask)
         if self._image_mask is None or self._image_mask.shape != (rows, length):
             raise CompressionError(
                 "the session has not seen the token ids of this forward, so it cannot tell image "
                 "tokens from text; call the model with input_ids"
             )
-        slots = find_slots(self._image_mask, self._family.tokens)
-        uncut = Group(0, mask, positions=positions)
-        state = TextPass(True, positions, uncut, {0: uncut}, slots)
-        self._last = positions.masked_fill(mask == 0, -1).amax(1)
+        layouts = self._layouts(self._image_mask)
+        slots = find_slots(self._image_mask, layouts) if layouts else None
+        uncut = Group(0, mask, positions=positions, slots=slots)
+        state = TextPass(True, positions, uncut, {0: uncut}, embeds, given)
+        state.memories = self._memories()
+        self.trace = state.trace
+        self._last = last_position(positions, mask.bool())
         if slots is not None:
-            self._rank_before_text(state, slots, embeds, kwargs)
-        group = state.groups[0]
-        kwargs["attention_mask"], kwargs["position_ids"] = group.mask, group.positions
+            state.trace.rows = slots.rows
+            state.vision = self._arranged(layouts)
+            kwargs["inputs_embeds"] = self._cut_before_text(state, embeds)
+        group = state.entering = state.groups[0]
+        kwargs["attention_mask"] = self._family.plain_mask(given, group)
+        kwargs["position_ids"] = group.positions
+        if group.index is not None or not bool(group.mask.equal(mask)):
+            self._family.shorten(kwargs, group)
         return state
 
-    def _rank_before_text(
-        self, state: TextPass, slots: ImageSlots, embeds: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        stage = self._compressor.stage
-        merged: Merged | None = None
-        if stage is Stage.VISION:
-            if self._vision is None:
-                raise CompressionError(
-                    f"compressor {self._compressor.name} ranks by the vision tower, which has not "
-                    "run inside this session"
-                )
-            state.trace, merged = self._vision
-            self._vision = None
-        elif stage is Stage.INPUT:
-            self._ranker.at_input(embeds, slots, state.trace)
-        state.trace.rows = slots.rows
-        if stage is Stage.LAYER or state.trace.selection is None or not self._cuts:
-            return
-        if merged is not None:
-            self._place_merged(state, slots, merged)
-            kept = merged.valid
-            kept = torch.nn.functional.pad(kept, (0, self._family.tokens - kept.shape[1]))
-            gate = self._ranker.merged_bias(state.trace, merged)
-        else:
-            kept = state.trace.selection.kept
-            gate = self._ranker.bias(state.trace)
-        kwargs["inputs_embeds"] = self._cut(state, 0, embeds, kept, gate)
+    def _memories(self) -> dict[int, dict[str, Any]]:
+        """Of compressors that work in the tower or in attention, what they began there."""
+        return dict(self._tower_memory)
 
-    def _place_merged(self, state: TextPass, slots: ImageSlots, merged: Merged) -> None:
-        """With kept positions, a merged token stands where its patch stood."""
-        if self._compressor.reindexes:
+    def _layouts(self, placeholders: Tensor) -> Sequence[Any]:
+        if not bool(placeholders.any()):
+            return ()
+        return self._family.images(placeholders, self._inputs)
+
+    def _arranged(self, layouts: Sequence[Any]) -> VisionPass | None:
+        if self._tap is None:
+            return None
+        captured: dict[int, LayerPass] | None = self._tap.latest
+        self._tap.clear()
+        return None if captured is None else self._family.arrange(captured, layouts, self._inputs)
+
+    def _cut_before_text(self, state: TextPass, hidden: Tensor) -> Tensor:
+        group = state.uncut
+        for cut in self._cuts_of:
+            if cut.stage is Stage.LAYER:
+                continue
+            seen = self._ranker.before_text(cut, state, group, hidden, state.vision)
+            one = self._ranker.choose(cut, seen, state.trace, state)
+            if one is None:
+                continue
+            if self._mode == "rank":
+                raise RankingReached
+            if self._cuts:
+                group, hidden = self._apply(cut, one, state, group, 0, hidden)
+                state.groups[0] = group
+        return hidden
+
+    def _apply(
+        self,
+        cut: Cut,
+        one: CutTrace,
+        state: TextPass,
+        group: Group,
+        layer: int,
+        hidden: Tensor,
+    ) -> tuple[Group, Tensor]:
+        """Make a cut: merge where the method does, then drop columns."""
+        slots, owner = states.images_of(group), guards.owner(cut)
+        kept, gate = one.selection.kept, self._ranker.bias(one)
+        merged: Merged | None = None
+        if cut.stage is Stage.TOWER:
+            merged = self._emerged
+        elif not torch.equal(kept & slots.alive, slots.alive):
+            merged = owner.merge(one.selection, one.seen)
+        state.trace.survive(slots, kept, merged)
+        if merged is not None:
+            merged = self._widened(cut, merged)
+            if gate is not None:
+                moved = gate.gather(1, merged.source) * merged.dominant
+            group, hidden, kept = states.place_merged(group, hidden, merged)
+            if gate is not None:
+                places = (~slots.alive).long().argsort(dim=1, stable=True)
+                gate = torch.zeros_like(gate).scatter(1, places[:, : moved.shape[1]], moved)
+            if layer == 0 and cut.stage is not Stage.LAYER:
+                self._remember(state, group, hidden)
+        return states.cut(
+            group,
+            layer,
+            hidden,
+            kept,
+            gate,
+            owner,
+            masked=self._mode == "masked",
+            inside=cut.stage is Stage.LAYER,
+        )
+
+    def _widened(self, cut: Cut, merged: Merged) -> Merged:
+        """Merged tokens as wide as the language model."""
+        if cut.stage is not Stage.VISION or merged.projected:
+            return merged
+        wide = self._family.project_tokens(merged.features.to(self._family.dtype))
+        return Merged(wide, merged.valid, merged.source, merged.dominant, True)
+
+    @staticmethod
+    def _remember(state: TextPass, group: Group, hidden: Tensor) -> None:
+        """Put merged tokens into the uncut input, for methods that look back at it."""
+        if group.index is None:
+            state.embeds = hidden
             return
-        positions = state.positions.clone()
-        places = slots.gather(state.positions).gather(1, merged.source)
-        width = merged.source.shape[1]
-        positions[slots.rows[:, None], slots.columns[:, :width]] = places
-        state.uncut = Group(0, state.uncut.mask, positions=positions)
+        index = group.index[..., None].expand(*group.index.shape, hidden.shape[2])
+        state.embeds = state.embeds.scatter(1, index, hidden)
 
     def _decode(self, kwargs: dict[str, Any]) -> TextPass:
         embeds: Tensor = kwargs["inputs_embeds"]
@@ -241,7 +319,8 @@ class CompressionSession:
             raise CompressionError(
                 "the cache holds tokens this session has not seen; start with an empty cache"
             )
-        if self._pictures:
+        encoded = self._inputs.get("mm_encoder_outputs") or {}
+        if self._inputs.get("pixel_values") is not None or encoded.get("image") is not None:
             raise CompressionError(
                 "an image in a later part of a cached sequence is not supported; put all images "
                 "into the first call"
@@ -253,14 +332,16 @@ class CompressionSession:
         given = kwargs.get("position_ids")
         positions = self._last[:, None] + 1 + torch.arange(steps, device=embeds.device)
         if given is not None:
-            positions = given.expand(len(embeds), steps)
-        self._last = positions[:, -1]
+            positions = given.expand(*given.shape[:-2], len(embeds), steps)
+        self._last = last_position(positions, torch.ones_like(embeds[..., 0], dtype=torch.bool))
         first = groups[0]
         kwargs["attention_mask"] = first.mask
         kwargs["position_ids"] = (
             positions if first.shift is None else positions - first.shift[:, None]
         )
-        return TextPass(False, positions, first, groups, trace=self.trace)
+        state = TextPass(False, positions, first, groups, embeds, trace=self.trace)
+        state.memories = self._running.memories if self._running is not None else {}
+        return state
 
     # Decoder layers -----------------------------------------------------------------------------
 
@@ -278,46 +359,86 @@ class CompressionSession:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = dict(kwargs)
         state: TextPass = kwargs.pop(_STATE)
+        self._running = state
         kwargs["position_ids"] = None
         hidden: Tensor = args[0]
-        slots = state.slots
-        if slots is not None and self._compressor.stage is Stage.LAYER:
-            if layer == self._compressor.looks_at:
-                rope, mask = kwargs["position_embeddings"], state.uncut.mask
-                self._ranker.at_layer(layer, hidden, rope, mask, slots, state.trace)
-                if self._mode == "rank":
-                    raise RankingReached
-            if layer == self._compressor.prunes_at and self._cuts:
-                selection = state.trace.selection
-                if selection is None:
-                    raise CompressionError("the pruning layer was reached before the ranking one")
-                gate = self._ranker.bias(state.trace)
-                hidden = self._cut(state, layer, hidden, selection.kept, gate)
+        if state.prefill and state.uncut.slots is not None:
+            hidden = self._at_layer(state, layer, hidden, kwargs.get("position_embeddings"))
         if state.prefill:
             state.trace.lengths.setdefault(layer, hidden.shape[1])
+            group = state.group(layer)
+            if group.slots is not None:
+                state.trace.tokens.setdefault(layer, group.slots.alive.sum(1))
         state.dress(self._family, layer, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def _cut(
-        self, state: TextPass, layer: int, hidden: Tensor, kept: Tensor, gate: Tensor | None
+    def _at_layer(
+        self,
+        state: TextPass,
+        layer: int,
+        hidden: Tensor,
+        rope: Any,  # noqa: ANN401
     ) -> Tensor:
-        if state.slots is None:
-            return hidden
-        return state.cut(
-            layer,
-            hidden,
-            state.slots,
-            kept,
-            gate,
-            masked=self._mode == "masked",
-            reindexes=self._compressor.reindexes,
-            inside=self._compressor.stage is Stage.LAYER,
-        )
+        """Rank and cut at the input of a layer, as far as anything is to be done there."""
+        group = state.before(layer)
+        for cut in self._cuts_of:
+            if cut.stage is not Stage.LAYER:
+                continue
+            if cut.reads == layer:
+                turned = state.rope(self._family, group, layer, hidden) if group.inside else rope
+                seen = self._ranker.at_layer(cut, state, group, layer, hidden, turned)
+                one = self._ranker.choose(cut, seen, state.trace, state)
+                if one is not None and self._mode == "rank":
+                    raise RankingReached
+            if cut.layer == layer and cut.drops and self._cuts:
+                found = state.chosen.get(cut)
+                if found is None:
+                    raise CompressionError("the pruning layer was reached before the ranking one")
+                group, hidden = self._apply(cut, found, state, group, layer, hidden)
+                state.groups[layer] = group
+        return hidden
+
+    def _watch(self, one: Compressor, layer: int) -> None:
+        block = self._family.layers[layer]
+
+        def hook_for(name: str) -> Any:  # noqa: ANN401 - a hook of torch
+            def hook(
+                module: object,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                output: Any,  # noqa: ANN401
+            ) -> None:
+                del module
+                state = self._running
+                if state is None or not state.prefill or state.uncut.slots is None:
+                    return
+                before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                after = output[0] if isinstance(output, tuple) else output
+                seen = self._ranker.watched(one, state, state.group(layer), layer, before)
+                slots = states.images_of(state.group(layer))
+                one.watch(layer, name, seen.features, slots.gather(after), seen)
+
+            return hook
+
+        for name, module in (("attention", block.self_attn), ("mlp", block.mlp)):
+            self._handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
+
+
+def _sorted_cuts(parts: Sequence[Compressor], layers: int, mode: Mode) -> tuple[Cut, ...]:
+    """Cuts in the order they happen; without cutting, only what the first one needs is looked at.
+
+    What later cuts would see depends on the earlier ones having been made.
+    """
+    cuts = owned(parts, layers)
+    if mode in ("hard", "masked"):
+        return cuts
+    first = next((index for index, cut in enumerate(cuts) if cut.drops), len(cuts))
+    return cuts[: first + 1]
 
 
 def compress(
     model: Any,  # noqa: ANN401 - transformers is untyped
-    compressor: Compressor,
+    compressor: Compressor | Sequence[Compressor],
     *,
     family: Family | None = None,
     mode: Mode = "hard",
@@ -330,12 +451,13 @@ def compress(
 
     Args:
         model: a loaded model of a supported family.
-        compressor: what drops tokens, and where.
+        compressor: what drops tokens, and where; several act one after the other.
         family: its adapter, if at hand.
         mode: ``hard`` drops tokens; ``masked`` keeps them but lets nobody attend to them, the
             debugging twin of ``hard``; ``observe`` ranks and drops nothing; ``rank`` ranks and
-            stops the forward there with `RankingReached`.
-        kept: selection to impose, bool ``[I, V]`` or `Selection`; scores are still computed.
+            stops the forward there with `RankingReached`. The last two know the first cut only.
+        kept: selection to impose, bool ``[I, V]`` (at every cut) or `Selection`; scores are still
+            computed.
         seeds: one per batch row, for compressors that draw; None is 0 for all.
         answer_columns: trailing columns that are not prompt (teacher forcing); the last prompt
             token is the one before them.

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from targets.compression.base import Stage
 from targets.errors import TargetError
 from targets.families.vision import FeaturesReached, LayerPass, VisionPass, VisionTap
 from targets.preprocessing.layout import Layout, Preprocessing
 
 if TYPE_CHECKING:
+    from targets.compression.base import Compressor
     from targets.compression.layout import Group
 
 
@@ -82,6 +84,19 @@ class Family(ABC):
             layout: of the picture.
         """
         return text.replace(image, image * layout.placeholders)
+
+    def fixed_tokens(self) -> int:
+        """Visual tokens of every picture, where all have the same number; else 0."""
+        return 0
+
+    def refuses(self, compressor: Compressor) -> str | None:
+        """Why a compressor cannot work on this family, in plain words; None if it can."""
+        if compressor.stage is Stage.TOWER:
+            return (
+                f"it changes the vision tower from inside, which {self.model_types[0]} does not "
+                "allow; use one that acts behind the tower"
+            )
+        return None
 
     def extras(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Further arguments of ``forward`` and ``generate`` made from the token ids ``[B, L]``."""
@@ -255,6 +270,11 @@ class Family(ABC):
         del given, group, layer
         return None
 
+    def form(self, layer: int) -> object:
+        """Layers of one form take the same mask and rotary embedding; hashable."""
+        del layer
+        return None
+
     def rope(self, hidden: Tensor, positions: Tensor, layer: int) -> Any:  # noqa: ANN401
         """Rotary embedding of position ids ``[…, B, n]`` in the form a layer takes."""
         del layer
@@ -303,7 +323,9 @@ class Family(ABC):
         del given
         return group.mask
 
-    def shorten(self, kwargs: dict[str, Any], group: Group) -> None:
+    def shorten(  # noqa: B027 - most families give their text model nothing else
+        self, kwargs: dict[str, Any], group: Group
+    ) -> None:
         """Cut what else the language model is given column by column; `kwargs` in place."""
 
     def attach(self, current: Any) -> Sequence[Any]:  # noqa: ANN401 - a function without arguments

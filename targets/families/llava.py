@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from targets.compression.base import Compressor
 from targets.errors import TargetError
 from targets.families.base import Family
 from targets.families.vision import (
@@ -60,6 +61,15 @@ class Llava(Family):
         self.grid, self.image_size = (side, side), (vision.image_size, vision.image_size)
         self.tower_depth = int(vision.num_hidden_layers)
         self.feature_layer = feature_layer_of(config.vision_feature_layer, self.tower_depth)
+
+    def fixed_tokens(self) -> int:
+        """The grid."""
+        return self.grid[0] * self.grid[1]
+
+    def refuses(self, compressor: Compressor) -> str | None:
+        """Nothing: one picture is one run of a tower without windows."""
+        del compressor
+        return None
 
     def preprocessing(self, processor: Any) -> Preprocessing:  # noqa: ANN401 - untyped
         """A centre crop or a fixed size."""

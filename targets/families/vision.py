@@ -105,7 +105,9 @@ class VisionPass:
     def received(self, layer: int | None = None) -> Tensor:
         """``[I, N, V]`` mean attention received from all positions of the run, CLS included."""
         here = self._layer(layer)
-        return self._tokens(self._bare(received_attention(here.queries, here.keys, self.scaling), 2))
+        return self._tokens(
+            self._bare(received_attention(here.queries, here.keys, self.scaling), 2)
+        )
 
     def per_token(self, values: Tensor) -> Tensor:
         """Values ``[G, P, …]`` of patches, gathered by token: ``[I, V, r, …]``."""
