@@ -41,6 +41,14 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
     "datasets": {
         "scenes": "redteam.datasets.scenes:Scenes",
         "jsonl": "redteam.datasets.jsonl:Jsonl",
+        "csv": "redteam.datasets.csv:Csv",
+        "parquet": "redteam.datasets.parquet:Parquet",
+        "pope": "redteam.datasets.pope:Pope",
+        "textvqa": "redteam.datasets.textvqa:TextVqa",
+        "vqav2": "redteam.datasets.vqav2:VqaV2",
+        "mme": "redteam.datasets.mme:Mme",
+        "scienceqa": "redteam.datasets.scienceqa:ScienceQa",
+        "gqa": "redteam.datasets.gqa:Gqa",
     },
 }
 

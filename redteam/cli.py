@@ -134,7 +134,8 @@ def validate(
     problems = mismatches(checked)
     if problems:
         raise ScenarioError(problems)
-    if checked.dataset.signature.facts.get("paths"):
+    paths = checked.dataset.signature.facts.get("paths", ())
+    if paths and all(checked.dataset.options[key] is not None for key in paths):
         checked.dataset.create().open()
     show_valid(checked)
 

@@ -78,7 +78,7 @@ class Method:
         options = dict(self.options)
         for key in self.signature.facts.get("paths", ()):
             local = self.folder / Path(str(options[key])).expanduser()
-            if local.exists():
+            if options[key] is not None and local.exists():
                 options[key] = str(local)
         cls = load(find(self.kind, self.type))
         try:

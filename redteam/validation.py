@@ -213,6 +213,8 @@ def check_paths(found: Raw, folder: Path, findings: Findings) -> None:
     facts = signature(entries(found.kind)[found.type]).facts
     for option in facts.get("paths", ()):
         value = str(found.options[option])
+        if found.options[option] is None:
+            continue
         if (folder / Path(value).expanduser()).exists():
             continue
         looks_local = value.startswith((".", "/", "~")) or found.kind == "datasets"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +21,15 @@ class Sample:
         id: unique in the data set.
         image_id: of the picture; questions about one picture share it.
         image: uint8 ``[H, W, 3]``, RGB.
-        question: the user's text, without any chat template.
+        question: the user's text, without any chat template; options and suffix included.
         answer: the right answer, as the model would spell it.
         accepted: further spellings that count as right.
         kind: kind of question, for a breakdown; "" for none.
         evidence: boxes one has to see to answer; empty where unknown.
+        options: of a multiple choice, without their letters; empty for an open question.
+        references: what each annotator said, with repetitions, for scorings that count them.
+        scoring: name of the scorer, see `redteam.datasets.scoring`.
+        bar: an answer is right if its credit, in [0, 1], is above this; in [0, 1).
     """
 
     id: str
@@ -38,6 +40,10 @@ class Sample:
     accepted: tuple[str, ...] = ()
     kind: str = ""
     evidence: tuple[Box, ...] = ()
+    options: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    scoring: str = "exact"
+    bar: float = 0.5
 
 
 class Samples(Protocol):
@@ -64,7 +70,8 @@ class Dataset(Protocol):
     """A data set as a scenario names it: a frozen dataclass whose fields are its options.
 
     One of them is `samples`, how many to use; ``--limit`` lowers it. Options that are paths are
-    named in the class variable ``paths`` and are relative to the scenario.
+    named in the class variable ``paths`` and are relative to the scenario; null is no path. An
+    option `filter` with a rule of `redteam.datasets.filters` is obeyed by the runner.
     """
 
     name: ClassVar[str]
@@ -78,29 +85,13 @@ class Dataset(Protocol):
         ...
 
 
-_ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
-_WORD: Final = re.compile(r"[^\W_]+", re.UNICODE)
-_YES_NO: Final = frozenset({"yes", "no"})
-
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, no English articles, single spaces."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_WORD.findall(_ARTICLES.sub(" ", folded)))
-
-
 def is_correct(text: str, sample: Sample) -> bool:
-    """Whether an answer is right.
-
-    It has to equal one of the accepted answers after `normalise`. Where the right answer is yes or
-    no, the first yes or no of the text decides, whatever stands around it (as POPE does).
+    """Whether an answer is right: its credit by the sample's scorer is above the sample's bar.
 
     Args:
         text: what the model said.
         sample: the question.
     """
-    truths = {normalise(truth) or truth.strip() for truth in (sample.answer, *sample.accepted)}
-    if truths <= _YES_NO:
-        words = normalise(text).split()
-        return next((word for word in words if word in _YES_NO), None) in truths
-    return (normalise(text) or text.strip()) in truths
+    from redteam.datasets.scoring import credit
+
+    return credit(text, sample) > sample.bar

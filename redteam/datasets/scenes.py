@@ -20,6 +20,8 @@ class Scenes:
         split: disjoint streams of scenes; report on ``test``, tune on ``validation``.
         samples: number of questions; in multiples of five the kinds are balanced.
         start: number of the first scene, to continue where another run ended.
+        filter: keep what every target gets right at full tokens (clean_right), and of these what
+            it gets wrong on a black image (sighted); null keeps all.
     """
 
     name: ClassVar[str] = "scenes"
@@ -27,6 +29,7 @@ class Scenes:
     split: Literal["train", "validation", "test"] = "test"
     samples: Annotated[int, Interval(ge=1, le=100_000)] = 64
     start: Annotated[int, Ge(0)] = 0
+    filter: Literal["sighted", "clean_right"] | None = None
 
     def open(self) -> Drawn:
         """Draw all scenes; hundreds a second."""

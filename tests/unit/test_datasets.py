@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from redteam.datasets import jsonl
+from redteam.datasets import images
 from redteam.datasets.base import Sample, is_correct
 from redteam.datasets.jsonl import Jsonl
 from redteam.datasets.scenes import Scenes
@@ -113,7 +113,7 @@ def test_bad_lines_are_named(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     Image.new("RGB", (3, 3)).save(outside)
     (folder / "link.png").symlink_to(outside)
     Image.new("RGB", (12, 12)).save(folder / "bomb.png")
-    monkeypatch.setattr(jsonl, "MAX_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     path = place(folder, GOOD | {"id": "first"}, line)
     with pytest.raises(DatasetError, match=r"data\.jsonl:2: ") as caught:
         Jsonl(path=str(path)).open()
