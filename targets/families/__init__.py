@@ -9,7 +9,19 @@ from targets.errors import TargetError
 if TYPE_CHECKING:
     from targets.families.base import Family
 
-SUPPORTED: Final = {"llava": "targets.families.llava:Llava"}
+SUPPORTED: Final = {
+    "gemma3": "targets.families.gemma3:Gemma3",
+    "idefics3": "targets.families.idefics3:Idefics3",
+    "internvl": "targets.families.internvl:InternVL",
+    "llava": "targets.families.llava:Llava",
+    "llava_next": "targets.families.llava_next:LlavaNext",
+    "llava_onevision": "targets.families.llava_onevision:LlavaOnevision",
+    "paligemma": "targets.families.paligemma:PaliGemma",
+    "qwen2_5_vl": "targets.families.qwen2_5_vl:Qwen25VL",
+    "qwen2_vl": "targets.families.qwen2_vl:Qwen2VL",
+    "qwen3_vl": "targets.families.qwen3_vl:Qwen3VL",
+    "smolvlm": "targets.families.smolvlm:SmolVLM",
+}
 """``config.model_type`` → where its adapter lives; a new family is one line and one file."""
 
 
