@@ -157,7 +157,7 @@ class _Bare:
         )
         self.model = model.to(device).eval().requires_grad_(False)
         self.pixels = (batch.images - 0.5) / 0.25
-        count = target.grid[0] * target.grid[1]
+        count = target.layout((96, 96)).tokens
         # As many text tokens as the longest prompt of the batch, answer included.
         text = max(
             len(q.split()) + len(a.split())

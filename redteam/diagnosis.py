@@ -6,13 +6,10 @@ and bottom of a ranking are 100 of 576 tokens, or that share of another number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from redteam.datasets.base import Box
 from reports.records import Diagnosis, Tokens
@@ -89,20 +86,21 @@ def share(of: Bools, among: Bools) -> float | None:
     return None if count == 0 else int((of & among).sum()) / count
 
 
-def compare(clean: Kept, attacked: Kept, grid: tuple[int, int], evidence: Bools | None) -> Tokens:
+def compare(clean: Kept, attacked: Kept, places: Places, evidence: Bools | None) -> Tokens:
     """Put two passes of one sample side by side.
 
     Args:
         clean: of the clean image.
         attacked: of the attacked one.
-        grid: rows and columns of the visual tokens.
+        places: of the visual tokens.
         evidence: bool ``[V]``, tokens that show what the question asks about; None if unknown.
     """
     moves = np.ptp(clean.score) > 0 and np.ptp(attacked.score) > 0
     high = top(attacked.score)
     known = evidence is not None and bool(evidence.any())
     return Tokens(
-        grid=grid,
+        grid=places.grid,
+        boxes=None if places.plain else places.boxes.round(2).tolist(),
         kept_clean=np.flatnonzero(clean.kept).tolist(),
         kept_attacked=np.flatnonzero(attacked.kept).tolist(),
         jaccard=jaccard(clean.kept, attacked.kept),
@@ -128,37 +126,49 @@ def judge(*, recovered: bool, reproduced: bool) -> Diagnosis:
     return Diagnosis.MIXED if reproduced else Diagnosis.CONTENT
 
 
-def token_map(
-    to_pixels: Callable[[Tensor, tuple[int, int]], Tensor], tokens: int, size: tuple[int, int]
-) -> npt.NDArray[np.int64]:
-    """The token that covers each pixel: ``[H, W]``, −1 for none.
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the visual tokens of a picture lie.
 
-    Args:
-        to_pixels: ``token_mask_to_pixels`` of a view.
-        tokens: V.
+    Attributes:
+        boxes: float ``[V, 4]``, top, left, bottom, right in pixels; may reach beyond the picture.
+        grid: rows and columns of the tile that shows the whole picture.
         size: height and width of the picture.
     """
-    # One mask per binary digit of (token + 1) instead of one per token.
-    numbers = torch.arange(1, tokens + 1)
-    found = torch.zeros(size, dtype=torch.long)
-    for digit in range(int(tokens).bit_length()):
-        mask = (numbers >> digit & 1).bool()[None]
-        found += (to_pixels(mask, size)[0, 0].cpu() > 0.5).long() << digit
-    return np.asarray((found - 1).numpy(), dtype=np.int64)
+
+    boxes: npt.NDArray[np.float64]
+    grid: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tokens are the cells of one grid over the whole picture, row by row."""
+        rows, columns = self.grid
+        if len(self.boxes) != rows * columns:
+            return False
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        steps = np.array([self.size[0] / rows, self.size[1] / columns] * 2)
+        wanted = np.stack([row, column, row + 1, column + 1], 1) * steps
+        return bool(np.allclose(self.boxes, wanted, atol=1e-6))
 
 
-def evidence_tokens(covers: npt.NDArray[np.int64], tokens: int, boxes: tuple[Box, ...]) -> Bools:
+def evidence_tokens(places: Places, boxes: tuple[Box, ...]) -> Bools:
     """Tokens of whose pixels at least `EVIDENCE_SHARE` lie in a box: bool ``[V]``.
 
+    Pixels are those of the picture whose centres a token's box holds.
+
     Args:
-        covers: from `token_map`.
-        tokens: V.
-        boxes: in pixels of the same picture.
+        places: of the tokens.
+        boxes: of the evidence, in pixels of the same picture.
     """
-    inside = np.zeros(covers.shape, dtype=bool)
+    inside = np.zeros(places.size, dtype=np.int64)
     for x0, y0, x1, y1 in boxes:
-        inside[y0:y1, x0:x1] = True
-    seen = covers >= 0
-    area = np.bincount(covers[seen], minlength=tokens)
-    hit = np.bincount(covers[seen & inside], minlength=tokens)
+        inside[y0:y1, x0:x1] = 1
+    # Summed over all pixels above and to the left, any box costs four look-ups.
+    table = np.pad(inside.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    edges = np.ceil(places.boxes - 0.5).astype(np.int64)
+    top, bottom = (edges[:, i].clip(0, places.size[0]) for i in (0, 2))
+    left, right = (edges[:, i].clip(0, places.size[1]) for i in (1, 3))
+    hit = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
+    area = (bottom - top) * (right - left)
     return np.asarray((hit > 0) & (hit >= EVIDENCE_SHARE * area))

@@ -138,7 +138,7 @@ def _weights() -> Finding:
             "reinstall redteam, or train them: python -m targets.scenes.train",
         )
     model = load_scenes("scenes-a")
-    rows, columns = model.grid
+    rows, columns = model.layout((96, 96)).shapes[0]
     detail = f"{', '.join(names)}; scenes-a loads, {rows} × {columns} visual tokens"
     return Finding("ok", "embedded LVLM", detail)
 

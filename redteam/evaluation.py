@@ -11,12 +11,11 @@ from torch import Tensor
 
 from redteam.batching import Batcher, Failure
 from redteam.datasets.base import Sample, is_correct
-from redteam.diagnosis import Bools, Kept, evidence_tokens, token_map
+from redteam.diagnosis import Bools, Kept, Places, evidence_tokens
 from redteam.pictures import Pixels, to_tensor
 from redteam.plan import seed_of
 from redteam.scenario import Method, digest
 from reports.records import Answer
-from targets.base import Knowledge
 
 if TYPE_CHECKING:
     from targets.compression.base import Selection
@@ -89,7 +88,7 @@ class Asker:
         self.batcher = batcher
         self._seed = seed
         self._methods: dict[tuple[str, str], Any] = {}
-        self._maps: dict[tuple[int, int], Any] = {}
+        self._places: dict[tuple[int, int], Places] = {}
 
     def instance(self, method: Method) -> Any:  # noqa: ANN401 - an instance of any method
         """The method itself, constructed once."""
@@ -170,15 +169,20 @@ class Asker:
         """Pictures of one size as a batch on the model's device."""
         return to_tensor([shot.pixels for shot in shots]).to(self.model.device)
 
+    def places(self, shot: Shot) -> Places:
+        """Where the visual tokens of a picture lie."""
+        size = (shot.pixels.shape[0], shot.pixels.shape[1])
+        if size not in self._places:
+            layout = self.model.layout(size)
+            boxes = np.asarray(layout.boxes.double().numpy())
+            self._places[size] = Places(boxes, layout.shapes[layout.base], size)
+        return self._places[size]
+
     def evidence(self, shot: Shot) -> Bools | None:
         """Tokens that show what the question asks about: bool ``[V]``; None if unknown."""
         if not shot.sample.evidence:
             return None
-        size = (shot.pixels.shape[0], shot.pixels.shape[1])
-        if size not in self._maps:
-            view = self.model.view(Knowledge.NONE)
-            self._maps[size] = token_map(view.token_mask_to_pixels, self.model.tokens, size)
-        return evidence_tokens(self._maps[size], self.model.tokens, shot.sample.evidence)
+        return evidence_tokens(self.places(shot), shot.sample.evidence)
 
 
 def _reply(answered: Answered, row: int, sample: Sample) -> Reply:

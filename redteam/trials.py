@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from redteam.diagnosis import compare, judge
+from redteam.diagnosis import Places, compare, judge
 from redteam.pictures import distance
 from reports.records import Answers, Cell, Swap, Tokens, Trial
 
@@ -52,7 +52,7 @@ def measured(
     attacked: Attacked,
     replies: tuple[Reply, ...],
     swapped: Swapped | None,
-    grid: tuple[int, int],
+    places: Places,
     evidence: Bools | None,
     shared: int,
 ) -> Trial:
@@ -63,7 +63,7 @@ def measured(
         attacked: the image.
         replies: clean full, clean compressed, attacked full, attacked compressed.
         swapped: the swap test; None where there is nothing to diagnose.
-        grid: rows and columns of the visual tokens.
+        places: of the visual tokens.
         evidence: bool ``[V]``; None if unknown.
         shared: cells that share the image, among which its cost is divided.
     """
@@ -88,7 +88,7 @@ def measured(
             attacked_full=hit_full.answer,
             attacked_compressed=hit.answer,
         ),
-        tokens=_tokens(compressed, hit, grid, evidence),
+        tokens=_tokens(compressed, hit, places, evidence),
         swap=_swap(swapped),
         distance=distance(clean.pixels, attacked.shot.pixels),
         clean_png=clean.png,
@@ -99,12 +99,10 @@ def measured(
     )
 
 
-def _tokens(
-    clean: Reply, attacked: Reply, grid: tuple[int, int], evidence: Bools | None
-) -> Tokens | None:
+def _tokens(clean: Reply, attacked: Reply, places: Places, evidence: Bools | None) -> Tokens | None:
     if clean.kept is None or attacked.kept is None:
         return None
-    return compare(clean.kept, attacked.kept, grid, evidence)
+    return compare(clean.kept, attacked.kept, places, evidence)
 
 
 def _swap(swapped: Swapped | None) -> Swap | None:

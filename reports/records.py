@@ -58,10 +58,13 @@ class Answers(_Record):
 
 
 class Tokens(_Record):
-    """Which visual tokens survived, and how the ranking moved. Token i is row-major on the grid."""
+    """Which visual tokens survived, and how the ranking moved.
+
+    Token i is row-major on the grid, or lies where `boxes` says.
+    """
 
     grid: tuple[int, int]
-    """Rows and columns of the visual token grid."""
+    """Rows and columns of the visual tokens of the tile that shows the whole picture."""
     kept_clean: list[int]
     kept_attacked: list[int]
     jaccard: float
@@ -75,6 +78,9 @@ class Tokens(_Record):
     """Tokens that cover what the question asks about, where ground truth exists."""
     evidence_kept_clean: float | None
     evidence_kept_attacked: float | None
+    boxes: list[tuple[float, float, float, float]] | None = None
+    """Top, left, bottom, right of each token in pixels of the picture; None for one grid over all
+    of it."""
 
 
 class Swap(_Record):

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from redteam.batching import Batcher, Failure
 from redteam.batching import failure as failure_of
 from redteam.datasets.base import Samples
+from redteam.datasets.filters import Filter, without
 from redteam.errors import PlanError
 from redteam.evaluation import Asker, Replies, Reply, Shot, good
 from redteam.pictures import decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method
+from redteam.screening import screen
 from redteam.trials import Attacked, Swapped, measured, unmeasured
 from reports.records import Trial
 from reports.store import RunStore
@@ -85,6 +87,26 @@ class LocalEngine:
             "data": self._samples.identity,
             "device": self.device.partition(":")[0],
         }
+
+    def screen(self, rule: Filter) -> dict[str, str]:
+        """Leave out, from now on, what the data set's filter leaves out.
+
+        A sample stays if it qualifies for every target, so that all answer the same questions.
+
+        Args:
+            rule: the filter.
+
+        Returns:
+            Why, by id of the samples that are left out.
+        """
+        targets = self._plan.scenario.targets
+        found: dict[str, str] = {}
+        for target in reversed(targets):  # the first stays loaded, as after `prepare`
+            block = self._plan.scenario.engine.batch_size
+            for name, why in screen(self._open(target), self._samples, rule, block).items():
+                found[name] = f"{target.label}: {why}" if len(targets) > 1 else why
+        self._samples = without(self._samples, found)
+        return found
 
     def execute(self, unit: WorkUnit, store: RunStore) -> list[Trial]:
         """All trials of a unit: each of its samples in each of its cells.
@@ -245,8 +267,8 @@ class LocalEngine:
                 continue
             one, replied = ready[index]
             evidence = asker.evidence(one.clean)
-            grid = asker.model.grid
-            trials.append(measured(planned.cell, one, replied, swap, grid, evidence, shared))
+            places = asker.places(one.clean)
+            trials.append(measured(planned.cell, one, replied, swap, places, evidence, shared))
         return trials
 
     def _unmeasured(

@@ -203,7 +203,7 @@ def _view(store: RunStore, trial: Trial, index: int) -> FindingView:
     ]  # fmt: skip
     cell = next(cell for cell in store.manifest.cells if cell.id == trial.cell)
     overlays = (
-        [svg.overlay(tokens.grid, kept, tokens.evidence)
+        [svg.overlay(tokens.grid, kept, tokens.evidence, tokens.boxes)
          for kept in (tokens.kept_clean, tokens.kept_attacked)]
         if tokens
         else [Markup(), Markup()]

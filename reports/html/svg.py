@@ -197,10 +197,22 @@ def _line(points: Sequence[Point], index: int, y: _Vertical) -> list[Markup]:
     ]
 
 
+Boxes = Sequence[tuple[float, float, float, float]]
+"""Top, left, bottom, right."""
+
+
 def overlay(
-    grid_size: tuple[int, int], kept: Sequence[int], evidence: Sequence[int] | None
+    grid_size: tuple[int, int],
+    kept: Sequence[int],
+    evidence: Sequence[int] | None,
+    boxes: Boxes | None = None,
 ) -> Markup:
-    """Darken the dropped tokens of an image and outline the evidence, in units of one token."""
+    """Darken the dropped tokens of an image and outline the evidence.
+
+    In units of one token of the grid, or of a pixel where `boxes` are given.
+    """
+    if boxes is not None:
+        return _overlay_boxes(boxes, kept, evidence)
     rows, columns = grid_size
     dropped = set(range(rows * columns)) - set(kept)
     return tag("path", class_="dropped", d=_squares(sorted(dropped), columns)) + (
@@ -209,6 +221,24 @@ def overlay(
         if evidence
         else Markup()
     )
+
+
+def _overlay_boxes(boxes: Boxes, kept: Sequence[int], evidence: Sequence[int] | None) -> Markup:
+    # Tiles lie over the whole picture: what one of them dropped, another may have kept.
+    dropped = set(range(len(boxes))) - set(kept)
+    made = tag("path", class_="dropped", d=_rectangles(boxes, sorted(dropped)))
+    if not evidence:
+        return made
+    edge = _rectangles(boxes, evidence)
+    halo = tag("path", class_="evidence-halo", d=edge)
+    return made + halo + tag("path", class_="evidence", d=edge)
+
+
+def _rectangles(boxes: Boxes, tokens: Iterable[int]) -> str:
+    parts = []
+    for top, left, bottom, right in (boxes[i] for i in tokens):
+        parts.append(f"M{left:g} {top:g}H{right:g}V{bottom:g}H{left:g}z")
+    return "".join(parts)
 
 
 def _squares(tokens: Iterable[int], columns: int) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from redteam import diagnosis
-from redteam.diagnosis import Kept, compare, evidence_tokens, judge, kendall, spearman, token_map
+from redteam.diagnosis import Kept, Places, compare, evidence_tokens, judge, kendall, spearman
 from reports.records import Diagnosis
 
 numbers = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=60).map(
@@ -50,7 +49,7 @@ def kept(score: list[float], count: int) -> Kept:
 def test_two_passes_side_by_side() -> None:
     score = [float(value) for value in range(12)]
     clean, attacked = kept(score, 3), kept([11.5, *score[1:]], 3)
-    found = compare(clean, attacked, (3, 4), np.arange(12) >= 9)
+    found = compare(clean, attacked, grid(3, 4), np.arange(12) >= 9)
     assert found.kept_clean == [9, 10, 11]
     assert found.kept_attacked == [0, 10, 11]
     assert found.jaccard == 0.5
@@ -62,7 +61,7 @@ def test_two_passes_side_by_side() -> None:
 
 def test_what_is_not_known_is_none() -> None:
     flat = Kept(np.array([True, False]), np.zeros(2))
-    found = compare(flat, flat, (1, 2), None)
+    found = compare(flat, flat, grid(1, 2), None)
     assert (found.spearman, found.kendall, found.top_preserved) == (None, None, None)
     assert (found.evidence, found.evidence_kept_clean) == (None, None)
     assert found.jaccard == 1.0
@@ -81,30 +80,36 @@ def test_the_swap_test_is_judged(recovered: bool, reproduced: bool, cause: Diagn
     assert judge(recovered=recovered, reproduced=reproduced) is cause
 
 
-def to_pixels(tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def grid(rows: int, columns: int) -> Places:
+    corners = [(float(r), float(c)) for r in range(rows) for c in range(columns)]
+    boxes = np.array([(top, left, top + 1, left + 1) for top, left in corners])
+    return Places(boxes, (rows, columns), (rows, columns))
+
+
+def middle() -> Places:
     """A 3 × 5 grid of 4-pixel tokens in the middle of a larger picture."""
-    grid = tokens.float().view(len(tokens), 1, 3, 5)
-    big = grid.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    return torch.nn.functional.pad(big, (1, size[1] - 21, 2, size[0] - 14))
+    corners = [(2.0 + 4 * row, 1.0 + 4 * column) for row in range(3) for column in range(5)]
+    boxes = np.array([(top, left, top + 4, left + 4) for top, left in corners])
+    return Places(boxes, (3, 5), (16, 24))
 
 
-def test_every_pixel_knows_its_token() -> None:
-    covers = token_map(to_pixels, 15, (16, 24))
-    expected = np.full((16, 24), -1)
-    for row in range(3):
-        for column in range(5):
-            top, left = 2 + 4 * row, 1 + 4 * column
-            expected[top : top + 4, left : left + 4] = row * 5 + column
-    assert (covers == expected).all()
+def test_a_grid_over_the_whole_picture_is_plain() -> None:
+    boxes = np.array([(3 * r, 4 * c, 3 * r + 3, 4 * c + 4) for r in range(2) for c in range(3)])
+    assert Places(boxes.astype(float), (2, 3), (6, 12)).plain
+    assert not Places(boxes.astype(float), (2, 3), (6, 13)).plain
+    assert not Places(boxes.astype(float)[::-1], (2, 3), (6, 12)).plain
+    assert not middle().plain
+    kept = Kept(np.ones(15, dtype=bool), np.arange(15.0))
+    assert compare(kept, kept, middle(), None).boxes == [tuple(b) for b in middle().boxes.tolist()]
 
 
 def test_evidence_needs_a_tenth_of_a_token() -> None:
-    covers = token_map(to_pixels, 15, (16, 24))
-    one_pixel = evidence_tokens(covers, 15, ((1, 2, 2, 3),))
-    two_pixels = evidence_tokens(covers, 15, ((1, 2, 3, 3),))
+    covers = middle()
+    one_pixel = evidence_tokens(covers, ((1, 2, 2, 3),))
+    two_pixels = evidence_tokens(covers, ((1, 2, 3, 3),))
     assert np.flatnonzero(one_pixel).tolist() == []
     assert np.flatnonzero(two_pixels).tolist() == [0]
-    outside = evidence_tokens(covers, 15, ((22, 0, 24, 2),))
+    outside = evidence_tokens(covers, ((22, 0, 24, 2),))
     assert not outside.any()
-    several = evidence_tokens(covers, 15, ((1, 2, 9, 6), (17, 10, 21, 14)))
+    several = evidence_tokens(covers, ((1, 2, 9, 6), (17, 10, 21, 14)))
     assert np.flatnonzero(several).tolist() == [0, 1, 14]
