@@ -150,7 +150,8 @@ def choose(compressor: Compressor, seen: Seen, forced: Forced = None) -> tuple[S
 
 
 def _imposed(compressor: Compressor, seen: Seen, scores: Scores, forced: Forced) -> Selection:
-    selection = forced_at(forced, seen.cut.number)
+    # Of several cuts, the ranker has picked this one's selection already.
+    selection = forced_at(forced, 0)
     width = scores.score.shape[1]
     here = selection.kept.shape
     if here[0] != len(scores.score) or here[1] > width:
