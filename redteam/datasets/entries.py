@@ -79,16 +79,13 @@ class Entries:
 
     Args:
         entries: at least one.
-        left_out: how many rows the data set's own definition excludes, such as those without a
-            picture.
 
     Raises:
         DatasetError: naming the row, if a picture may not be decoded.
     """
 
-    def __init__(self, entries: Sequence[Entry], left_out: int = 0) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         self._entries = tuple(entries)
-        self.left_out = left_out
         self._identity = ""
         seen: set[str] = set()
         for entry in self._entries:
@@ -165,7 +162,6 @@ def gather(
     seed: int | None,
     *,
     together: bool = False,
-    left_out: int = 0,
 ) -> Entries:
     """The samples of a data set, or the part of them that was asked for.
 
@@ -174,7 +170,6 @@ def gather(
         count: how many samples; None for all.
         seed: of the subset; None for the first so many.
         together: take all questions about a picture or none.
-        left_out: see `Entries`.
 
     Raises:
         DatasetError: naming the row, if an id is used twice or a picture may not be decoded.
@@ -183,7 +178,7 @@ def gather(
     groups = [entry.image_id for entry in entries] if together else None
     kinds = [entry.kind for entry in entries]
     chosen = choose([entry.id for entry in entries], count, seed, kinds, groups)
-    return Entries([entries[index] for index in chosen], left_out)
+    return Entries([entries[index] for index in chosen])
 
 
 def check_ids(entries: Sequence[Entry]) -> None:

@@ -47,17 +47,11 @@ class Published(ABC):
         Raises:
             DatasetError: with the row at fault, or if the data cannot be had.
         """
-        entries: list[Entry] = []
-        left_out = 0
-        for position, (table, record) in enumerate(self._records()):
-            entry = self._guarded(table, record, position)
-            if entry is None:
-                left_out += 1
-            else:
-                entries.append(entry)
+        guarded = (self._guarded(*row, at) for at, row in enumerate(self._records()))
+        entries = [entry for entry in guarded if entry is not None]
         if not entries:
             raise DatasetError(f"{self.path or self.repo} holds no question of these options")
-        found = gather(entries, self.samples, self.seed, together=self.together, left_out=left_out)
+        found = gather(entries, self.samples, self.seed, together=self.together)
         if not len(found):
             raise DatasetError(
                 f"samples is {self.samples}, less than the questions about one picture, which "
