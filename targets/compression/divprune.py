@@ -99,7 +99,7 @@ def distance_when_chosen(distance: Tensor, order: Tensor, counts: Tensor, valid:
     to_chosen = gather_rows(distance, order)
     steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
     real = steps < counts[:, None]
-    place = _places(order, counts, distance.shape[1])
+    place = places_of(order, counts, distance.shape[1])
     later = steps[:, :, None] >= place[:, None]  # chosen no earlier than the token itself
     gap = to_chosen.masked_fill(later | ~real[:, :, None], torch.inf).amin(1)
     first = to_chosen[:, 0].masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
@@ -107,8 +107,14 @@ def distance_when_chosen(distance: Tensor, order: Tensor, counts: Tensor, valid:
     return score.masked_fill(~valid | score.detach().isinf(), 0)
 
 
-def _places(order: Tensor, counts: Tensor, width: int) -> Tensor:
-    """At which step each of `width` places was chosen, ``counts`` where it was not."""
+def places_of(order: Tensor, counts: Tensor, width: int) -> Tensor:
+    """At which step each of `width` places was chosen, `counts` where it was not: ``[I, width]``.
+
+    Args:
+        order: long ``[I, K]``, places in the order of choosing.
+        counts: long ``[I]``, how many of them count.
+        width: places there are.
+    """
     steps = torch.arange(order.shape[1], device=order.device).expand_as(order)
     place = counts[:, None].expand(-1, width)
     steps = torch.where(steps < counts[:, None], steps, counts[:, None])

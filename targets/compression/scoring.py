@@ -33,7 +33,7 @@ def attention_row(
     Returns:
         ``[B, N, L]``, at least float32, rows sum to 1.
     """
-    logits = _precise((keys @ query.unsqueeze(-1)).squeeze(-1)) * scaling
+    logits = precise((keys @ query.unsqueeze(-1)).squeeze(-1)) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
@@ -55,15 +55,15 @@ def received_attention(queries: Tensor, keys: Tensor, scaling: float, chunk: int
     """
     columns = keys.transpose(-1, -2)
     parts = [
-        (_precise(rows @ columns) * scaling).softmax(-1).sum(-2)
+        (precise(rows @ columns) * scaling).softmax(-1).sum(-2)
         for rows in torch.split(queries, chunk, 2)
     ]
     return torch.stack(parts).sum(0) / queries.shape[2]
 
 
-def _precise(logits: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
     """Half precision becomes float32, as in the attention of the models themselves."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def top_k_mask(score: Tensor, count: int | Tensor, valid: Tensor | None = None) -> Tensor:
