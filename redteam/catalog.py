@@ -29,6 +29,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "divprune": "targets.compression.divprune:DivPrune",
         "random": "targets.compression.random:Random",
         "uniform": "targets.compression.uniform:Uniform",
+        "pipeline": "redteam.loaders:Composition",
     },
     "attacks": {
         "noise": "attacks.noise:Noise",

@@ -48,7 +48,13 @@ def _short(method: Raw) -> str:
         return f"{method.type} ({UNVERIFIED})"
     if method.kind != "compressors":
         return method.type
-    parts = [method.type]
+    if "stages" in options:
+        return " + ".join(_compressor(stage["type"], stage) for stage in options["stages"])
+    return _compressor(method.type, options)
+
+
+def _compressor(name: str, options: Mapping[str, Any]) -> str:
+    parts = [name]
     if options.get("layer") is not None:
         parts.append(f"K={options['layer']}")
     if options.get("retention") is not None:

@@ -5,12 +5,14 @@ Reading this module costs nothing; torch is imported by `load`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from redteam.errors import InstallationError
 
 if TYPE_CHECKING:
+    from targets.compression.base import Compressor
     from targets.lvlm import LVLM
 
 
@@ -111,3 +113,27 @@ class Undefended:
 
     name: ClassVar[str] = "none"
     kind: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """Several compressors one after the other, each on what the one before has left.
+
+    Args:
+        stages: compressors as entries of their own (type and options), in the order they act.
+    """
+
+    name: ClassVar[str] = "pipeline"
+
+    stages: tuple[str, ...]
+
+    @staticmethod
+    def of(parts: Sequence[Compressor]) -> Compressor:
+        """The compressors as one.
+
+        Raises:
+            CompressionError: if they are not in the order they act.
+        """
+        from targets.compression.pipeline import Pipeline
+
+        return Pipeline(stages=tuple(parts))

@@ -22,7 +22,7 @@ from redteam.findings import Findings, annotation_at, shown
 from redteam.gates import resolve_gates
 from redteam.labels import assign_labels
 from redteam.signature import Signature, signature
-from redteam.validation import EngineOptions, Header, Raw, check_method, check_paths
+from redteam.validation import PIPELINE, EngineOptions, Header, Raw, check_method, check_paths
 from reports.records import GateSpec
 
 _LISTS: Final[Mapping[str, Kind]] = {
@@ -82,10 +82,17 @@ class Method:
                 options[key] = str(local)
         cls = load(find(self.kind, self.type))
         try:
+            if self.type == PIPELINE:
+                return cls.of([self._part(one) for one in options["stages"]])
             return cls(**options)
         except Exception as error:
             # Methods of other packages may raise anything here; all of it is about the options.
             raise ScenarioError([self.problem(str(error))]) from error
+
+    @staticmethod
+    def _part(stage: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a compressor
+        options = {key: value for key, value in stage.items() if key != "type"}
+        return load(find("compressors", stage["type"]))(**options)
 
     def problem(self, message: str, *, allowed: str = "", hint: str = "") -> Problem:
         """A problem with this method."""

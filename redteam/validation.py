@@ -58,6 +58,10 @@ Label = Annotated[str, BeforeValidator(_label)]
 Items = Annotated[list[Any], Len(1)]
 
 
+PIPELINE: Final = "pipeline"
+"""Type of a compression that is a list of stages."""
+
+
 class Gate(BaseModel):
     """A gate as it is written."""
 
@@ -149,6 +153,8 @@ def check_method(kind: Kind, raw: object, location: Location, findings: Findings
     if not isinstance(raw, dict):
         findings.add(location, f"{shown(raw)} is not allowed", allowed="a mapping with a type")
         return None
+    if kind == "compressors" and "stages" in raw and raw.get("type", PIPELINE) == PIPELINE:
+        return _pipeline(raw, location, findings)
     name = raw.get("type")
     if name not in known or not isinstance(name, str):
         where = (*location, "type")
@@ -173,6 +179,39 @@ def check_method(kind: Kind, raw: object, location: Location, findings: Findings
     found = Raw(kind, name, values, label or "", tuple(epsilons) if epsilons else None, location)
     _check_budget(found, findings)
     return found
+
+
+def _pipeline(raw: Mapping[str, Any], location: Location, findings: Findings) -> Raw | None:
+    """Compressors one after the other: each stage is checked like an entry of its own."""
+    before = len(findings.problems)
+    for key in raw:
+        if key not in ("type", "name", "stages"):
+            findings.add(
+                (*location, str(key)),
+                f"{shown(key)} is not an option of a list of stages",
+                allowed="name and stages; options stand at each stage",
+            )
+    stages, name = raw["stages"], raw.get("name")
+    if not isinstance(stages, list) or not stages:
+        findings.add(
+            (*location, "stages"),
+            f"{shown(stages)} is not allowed",
+            allowed="a list of compressors, each with a type, in the order they act",
+        )
+        return None
+    if name is not None and (not isinstance(name, str) or not name.strip()):
+        findings.add((*location, "name"), f"{shown(name)} is not allowed", allowed="a text")
+    parts = [
+        check_method("compressors", one, (*location, "stages", index), findings)
+        for index, one in enumerate(stages)
+    ]
+    for index, part in enumerate(parts):
+        if part is not None and part.type == PIPELINE:
+            findings.add((*location, "stages", index), "stages inside stages are not allowed")
+    if len(findings.problems) > before:
+        return None
+    options = {"stages": tuple({"type": part.type, **part.options} for part in parts if part)}
+    return Raw("compressors", PIPELINE, options, name or "", None, location)
 
 
 def _tuples(raw: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:

@@ -123,6 +123,11 @@ class LVLM:
         """The adapter around the model."""
         return self._passes.family
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of a picture that suits the model."""
+        return self._passes.family.image_size
+
     def layout(self, size: tuple[int, int]) -> Layout:
         """The visual tokens of a picture of this height and width."""
         return self._passes.layout(size)

@@ -35,6 +35,7 @@ class Family(ABC):
         layers: decoder layers of `text`. image_token_id: the placeholder.
         feature_layer: tower layer (0-based) whose output are the features.
         tower_depth: number of tower layers.
+        image_size: height and width of a picture that suits the model.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -48,6 +49,7 @@ class Family(ABC):
     image_token_id: int
     feature_layer: int
     tower_depth: int
+    image_size: tuple[int, int] = (224, 224)
 
     # Pictures -----------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def test_load_is_the_saved_model(folder: Path, target: LVLM) -> None:
     assert (
         loaded.answer(images, tiny.QUESTIONS).texts == target.answer(images, tiny.QUESTIONS).texts
     )
-    assert loaded.grid == (6, 6)
+    assert loaded.layout((48, 48)).shapes == ((6, 6),)
     assert loaded.image_size == (48, 48)
     assert loaded.capabilities == {"gradients", "visual_tokens", "option_scores", "generate"}
     assert loaded.identity["class"] == "LlavaForConditionalGeneration"
