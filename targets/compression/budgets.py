@@ -26,16 +26,18 @@ def scaled_layers(official: Sequence[int], depth: int, layers: int) -> tuple[int
 
     Returns:
         As many layers, ``round(l · layers / depth)``, moved apart until they are distinct, ≥ 1 and
-        below `layers`.
+        below `layers`; all from 1 on where there are not that many.
 
     Raises:
-        CompressionError: if this model has too few layers.
+        CompressionError: if this model has no layer but layer 0.
     """
-    if len(official) > layers - 1:
+    if layers < 2:
         raise CompressionError(
-            f"the language model has {layers} layers, too few for {len(official)} stages at "
-            "different layers from 1 on; name fewer with the option layers"
+            "a language model of one layer has no layer at whose input tokens could be dropped by "
+            "its attention"
         )
+    if len(official) >= layers:
+        return tuple(range(1, layers))
     found: list[int] = []
     for place, layer in enumerate(official):
         wanted = math.floor(layer * layers / depth + 0.5)
@@ -95,8 +97,17 @@ def power_stages(shares: Sequence[float], tokens: int, final: int) -> tuple[int,
     return descending([tokens * retention**power for power in powers], tokens, final)
 
 
-def fixed_stages(shares: Sequence[float], tokens: int, final: int) -> tuple[int, ...]:
-    """Counts after each stage for given shares of all but the last one."""
+def fixed_stages(shares: Sequence[float], tokens: int, final: int, number: int) -> tuple[int, ...]:
+    """Counts after each of `number` stages for given shares of all but the last one.
+
+    Raises:
+        CompressionError: if there are more or fewer stages.
+    """
+    if len(shares) != number - 1:
+        raise CompressionError(
+            f"{len(shares)} shares were given, but this model has {number} stages; give "
+            f"{number - 1} of them, or name the layers"
+        )
     return descending([tokens * share for share in shares], tokens, final)
 
 

@@ -66,7 +66,7 @@ class PyramidDrop(Staged):
     def stages(self, tokens: int, final: int, number: int) -> tuple[int, ...]:
         """Shares that fall by the same factor at each stage, unless given."""
         if self.shares is not None:
-            return fixed_stages(self.shares, tokens, final)
+            return fixed_stages(self.shares, tokens, final, number)
         return power_stages([0.5 ** (i + 1) for i in range(number)], tokens, final)
 
     def score(self, seen: Seen) -> Scores:

@@ -67,39 +67,57 @@ def raters(seen: Seen) -> Tensor:
 @torch.no_grad()
 def _above_mean(seen: Seen, text: TextSight, rows: Tensor) -> Tensor:
     columns, real = compact(rows)
-    words = gather_rows(text.embeds, columns).float()[seen.rows]  # [I, R, D]
-    tokens = text.gather(text.embeds).float().masked_fill(~seen.valid[..., None], 0)
+    words = precise(gather_rows(text.embeds, columns))[seen.rows]  # [I, R, D]
+    tokens = precise(text.gather(text.embeds)).masked_fill(~seen.valid[..., None], 0)
     logits = tokens @ words.transpose(1, 2)
     logits = logits.masked_fill(~real[seen.rows][:, None], torch.finfo(logits.dtype).min)
     share = (logits.softmax(-1) * seen.valid[..., None]).sum(1)  # [I, R]
     batch = len(rows)
     total = share.new_zeros(batch, share.shape[1]).index_add(0, seen.rows, share)
-    number = share.new_zeros(batch).index_add(0, seen.rows, seen.valid.sum(1).float())
+    number = share.new_zeros(batch).index_add(0, seen.rows, seen.valid.sum(1).to(share.dtype))
     mean = (total / number.clamp_min(1)[:, None]).masked_fill(~real, 0)
     above = real & (mean > mean.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1))
     above = torch.where(above.any(1, keepdim=True), above, real)
     return torch.zeros_like(rows).scatter(1, columns, above)
 
 
-def attention_rows(text: TextSight, columns: Tensor, heads: slice = slice(None)) -> Tensor:
+def all_keys(text: TextSight) -> Tensor:
+    """Keys of all columns at this layer, ``[B, N, n, E]``, after rotary embedding."""
+    if text.rope is None:
+        raise CompressionError("attention of the language model exists at its layers only")
+    return text.family.text_keys(text.layer, text.hidden, text.rope)
+
+
+def attention_rows(
+    text: TextSight, columns: Tensor, keys: Tensor, heads: slice = slice(None)
+) -> Tensor:
     """Attention that query columns ``[B, R]`` pay, softmax over all they may attend to.
 
+    Args:
+        text: the prompt at a layer.
+        columns: ``[B, R]``.
+        keys: from `all_keys`.
+        heads: those asked for.
+
     Returns:
-        ``[B, N, R, n]`` of the `heads` asked for, at least float32.
+        ``[B, N, R, n]``, at least float32.
     """
     if text.rope is None:
         raise CompressionError("attention of the language model exists at its layers only")
-    family, layer = text.family, text.layer
-    keys = family.text_keys(layer, text.hidden, text.rope)[:, heads]
+    family, layer, keys = text.family, text.layer, keys[:, heads]
     query = family.text_queries(layer, text.hidden, text.rope, columns)[:, heads]
     logits = query @ keys.transpose(2, 3)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits * family.text_scaling(layer)
+    logits = precise(logits) * family.text_scaling(layer)
     cap = family.text_softcap(layer)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     visible = text.visible(columns)[:, None]
     return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1)
+
+
+def precise(values: Tensor) -> Tensor:
+    """Half precision becomes float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def at_images(text: TextSight, values: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ from torch import Tensor
 from targets.compression.aggregation import Groups, appended, density_peaks, members_of
 from targets.compression.base import Cut, Merged, Scores, Seen, Selection, Stage, numbered
 from targets.compression.budgets import descending, power_stages, table_stages
-from targets.compression.raters import at_images, attention_rows, compact, raters, sight_of
+from targets.compression.raters import (
+    all_keys,
+    at_images,
+    attention_rows,
+    compact,
+    precise,
+    raters,
+    sight_of,
+)
 from targets.compression.scoring import log_probability, standardised, top_k_mask
 from targets.compression.sight import TextSight
 from targets.compression.staged import Staged
@@ -198,11 +206,11 @@ class SparseVLM(Staged):
     def _corrected(self, seen: Seen, text: TextSight, rows: Tensor) -> Tensor:
         """Attention of the raters ÷ gravity, mean over the heads that give the image most."""
         columns, real = compact(rows)
-        total = torch.zeros((), device=rows.device)
+        total, keys = torch.zeros((), device=rows.device), all_keys(text)
         for here, counts in zip(
             torch.split(columns, _CHUNK, 1), torch.split(real, _CHUNK, 1), strict=True
         ):
-            paid = attention_rows(text, here) / gravity(text, here)[:, None]
+            paid = attention_rows(text, here, keys) / gravity(text, here)[:, None]
             total = total + (paid * counts[:, None, :, None]).sum(2)
         found = at_images(text, total / real.sum(1).clamp_min(1)[:, None, None])  # [I, N, V]
         found = found.masked_fill(~seen.valid[:, None], 0)
@@ -277,8 +285,8 @@ def gravity(text: TextSight, columns: Tensor) -> Tensor:
     if text.rope is None:
         raise CompressionError("gravity exists at layers of the language model only")
     width = text.family.layers[text.layer].self_attn.head_dim
-    cosine, sine = (part.float().expand(len(columns), -1, -1) for part in text.rope)
-    ones = torch.ones(*cosine.shape[:2], width, device=cosine.device)
+    cosine, sine = (precise(part).expand(len(columns), -1, -1) for part in text.rope)
+    ones = torch.ones(*cosine.shape[:2], width, device=cosine.device, dtype=cosine.dtype)
     keys = rotate(ones, cosine, sine)
     queries = keys.gather(1, columns[..., None].expand(*columns.shape, width))
     found = queries @ keys.transpose(1, 2) / width**0.5
@@ -290,7 +298,7 @@ def gravity(text: TextSight, columns: Tensor) -> Tensor:
 def _rank_of(seen: Seen, text: TextSight, rows: Tensor) -> Tensor:
     """Rank of the head-mean attention of raters × image tokens, ``[I]``."""
     columns, real = compact(rows)
-    paid = at_images(text, attention_rows(text, columns).mean(1)).float()  # [I, R, V]
+    paid = at_images(text, attention_rows(text, columns, all_keys(text)).mean(1))  # [I, R, V]
     inside = real[seen.rows][:, :, None] & seen.valid[:, None]
     values = torch.linalg.svdvals(paid.masked_fill(~inside, 0))
     longest = torch.maximum(real[seen.rows].sum(1), seen.valid.sum(1))
