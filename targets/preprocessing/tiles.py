@@ -129,7 +129,7 @@ def token_grid(
         TargetError: if they do not come out whole, or the tower takes another size than this.
     """
     vision = config.vision_config
-    taken, patch = (_square(family, vision, name) for name in ("image_size", "patch_size"))
+    taken, patch = (square_edge(family, vision, name) for name in ("image_size", "patch_size"))
     if taken != image_size:
         raise TargetError(
             f"{family}: the processor makes tiles of {image_size} pixels, the vision tower takes "
@@ -192,7 +192,22 @@ def layout_of_tiles(
     )
 
 
-def _square(family: str, config: Any, name: str) -> int:  # noqa: ANN401 - transformers is untyped
+def canvas_of(layout: Layout) -> tuple[int, int]:
+    """Rows and columns of tiles of a layout that `layout_of_tiles` made."""
+    if len(layout.shapes) == 1:
+        return 1, 1
+    boxes = layout.boxes[layout.tile != layout.base]
+    tops, lefts = (set(boxes[:, axis].tolist()) for axis in (0, 1))
+    rows, columns = layout.shapes[0]
+    return len(tops) // rows, len(lefts) // columns
+
+
+def square_edge(family: str, config: Any, name: str) -> int:  # noqa: ANN401 - transformers is untyped
+    """A length of a vision tower's configuration that may be given as height and width.
+
+    Raises:
+        TargetError: if those differ.
+    """
     value = getattr(config, name)
     edges = set(value) if isinstance(value, list | tuple) else {value}
     if len(edges) != 1:
