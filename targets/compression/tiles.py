@@ -51,6 +51,15 @@ class Tiles:
         """``[I, T]`` living tokens of each tile."""
         return self.present.sum(1).view(-1, self.number)
 
+    def shapes(self, lattice: Lattice) -> Tensor:
+        """Rows and columns of the grid of each tile, long ``[G, 2]``; ones where there is none."""
+        found = [
+            shape
+            for one in lattice.layouts
+            for shape in (*one.shapes, *[(1, 1)] * (self.number - len(one.shapes)))
+        ]
+        return torch.tensor(found, device=self.places.device)
+
     def split(self, values: Tensor) -> Tensor:
         """Values ``[I, V, …]`` of the places: ``[G, W, …]``, anything where absent."""
         if self.number == 1:
@@ -78,21 +87,22 @@ def shared(counts: Tensor, weights: Tensor, room: Tensor) -> Tensor:
     the first part has it.
 
     Args:
-        counts: long ``[I]`` to share out; at most the sum of `room`.
-        weights: ``[I, T]``, ≥ 0; where all are 0, `room` is the weight.
+        counts: long ``[I]`` to share out; no more than `room` holds is.
+        weights: long ``[I, T]``, ≥ 0; where all are 0, `room` is the weight.
         room: long ``[I, T]``, the most each part takes.
 
     Returns:
         long ``[I, T]``, rows sum to `counts`.
     """
-    weights = weights.double()
-    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, room.double())
-    share = weights / weights.sum(1, keepdim=True).clamp_min(1e-300) * counts[:, None]
-    given = torch.minimum(share.floor().long(), room)
+    counts = torch.minimum(counts, room.sum(1))
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, room)
+    # In whole numbers, so that equal claims are equal.
+    total = weights.sum(1, keepdim=True).clamp_min(1)
+    due = weights * counts[:, None]
+    given = torch.minimum(due // total, room)
     while bool((counts > given.sum(1)).any()):
-        claim = (share - given).masked_fill(given >= room, -torch.inf)
+        claim = (due - given * total).masked_fill(given >= room, torch.iinfo(due.dtype).min)
         left = counts - given.sum(1)
-        order = claim.argsort(dim=1, descending=True, stable=True)
-        place = order.argsort(dim=1)
+        place = claim.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         given = given + ((place < left[:, None]) & (given < room)).long()
     return given

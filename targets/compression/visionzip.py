@@ -157,10 +157,11 @@ class VisionZip(Compressor):
         """Patches, contextual tokens and CLS tokens of each tile, ``[3, G]``."""
         whole = (seen.counts == seen.valid.sum(1)).repeat_interleave(tiles.number).tolist()
         totals = tiles.share(seen.counts).tolist()
-        has_cls, several = _takes_cls(seen), tiles.number > 1
+        has_cls = _takes_cls(seen)
+        several = (~_single(seen)).repeat_interleave(tiles.number).tolist()
         rows = [
-            (total, 0, 0) if total == 0 or all_of_it else self._split(total, has_cls, several)
-            for total, all_of_it in zip(totals, whole, strict=True)
+            (total, 0, 0) if total == 0 or all_of_it else self._split(total, has_cls, tiled)
+            for total, all_of_it, tiled in zip(totals, whole, several, strict=True)
         ]
         return torch.tensor(rows, device=seen.counts.device).T
 
@@ -200,7 +201,7 @@ def _heads(seen: Seen, tiles: Tiles, wanted: Tensor) -> _Part:
     hidden = vision.layers[vision.feature_layer].hidden
     run = vision.patches_of[..., 0].gather(1, first) // (hidden.shape[1] - 1)
     tile = torch.arange(tiles.number, device=first.device).expand_as(first)
-    rank = torch.zeros_like(tile) if tiles.number == 1 else 2 * tile + 2
+    rank = torch.where(_single(seen)[:, None], 0, 2 * tile + 2)
     return _Part(hidden[run, 0], wanted.reshape(images, -1) > 0, first, rank)
 
 
@@ -233,6 +234,12 @@ def _takes_cls(seen: Seen) -> bool:
     """Whether CLS is of the kind that enters the projector."""
     vision = _pass(seen)
     return vision.has_cls and vision.features is None and vision.patches_of.shape[2] == 1
+
+
+def _single(seen: Seen) -> Tensor:
+    """Images of one tile, bool ``[I]``."""
+    single = [len(one.shapes) == 1 for one in seen.lattice.layouts]
+    return torch.tensor(single, device=seen.counts.device)
 
 
 def _metric(seen: Seen) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,3 +145,105 @@ def seen_by_tower(vision: VisionPass, counts: int | Sequence[int] | Tensor, **mo
         "vision": vision,
     }
     return seen(vision.patches, counts, **{**fields, **more})
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Normal random numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_pass(
+    runs: int,
+    patches: int,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    width: int = 6,
+    depth: int = 3,
+    feature_layer: int = 1,
+    tiles: Sequence[int] | None = None,
+    has_cls: bool = True,
+) -> VisionPass:
+    """A pass of random layers, loud enough that attention is far from flat."""
+    length = patches + int(has_cls)
+
+    def layer(number: int) -> LayerPass:
+        start = 1000 * seed + 10 * number
+        hidden = normal(runs, length, heads * width, seed=start)
+        queries, keys = (normal(runs, heads, length, width, seed=start + i) * 2 for i in (1, 2))
+        return LayerPass(hidden, queries, keys)
+
+    every = {number: layer(number) for number in range(depth)}
+    here = every[feature_layer]
+    return vision_pass(
+        here.hidden,
+        here.queries,
+        here.keys,
+        has_cls=has_cls,
+        tiles=tiles,
+        layers=every,
+        feature_layer=feature_layer,
+    )
+
+
+def prefix(lengths: Sequence[int], width: int) -> Tensor:
+    """Which of `width` places images of these lengths have, bool ``[I, width]``."""
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def alone(one: Seen, image: int) -> Seen:
+    """One image of what is seen, as if it were the only one, without places it does not have."""
+    width = one.lattice.layouts[image].tokens
+    here = slice(image, image + 1)
+
+    def part(values: Tensor | None, dim: int = 1) -> Tensor | None:
+        return None if values is None else values[here].narrow(dim, 0, width)
+
+    vision = one.vision
+    if vision is not None:
+        vision = replace(
+            vision,
+            patches_of=vision.patches_of[here, :width],
+            present=vision.present[here, :width],
+            base=vision.base[here],
+        )
+    return replace(
+        one,
+        features=part(one.features),
+        counts=one.counts[here],
+        seeds=one.seeds[here],
+        valid=part(one.valid),
+        totals=one.totals[here],
+        lattice=lattice(one.lattice.layouts[here], width),
+        rows=one.rows[:1] * 0,
+        attention=part(one.attention, 2),
+        query=None if one.query is None else one.query[here],
+        keys=part(one.keys, 2),
+        projected=part(one.projected),
+        vision=vision,
+        memory={},
+    )
+
+
+def spoiled(one: Seen) -> Seen:
+    """The same with garbage wherever no token is."""
+    gone = ~one.valid
+
+    def part(values: Tensor | None, dim: int = 1) -> Tensor | None:
+        if values is None:
+            return None
+        where = gone.reshape(len(gone), *[1] * (dim - 1), -1, *[1] * (values.dim() - dim - 1))
+        return values.masked_fill(where, torch.nan)
+
+    return replace(
+        one,
+        features=part(one.features),
+        attention=part(one.attention, 2),
+        keys=part(one.keys, 2),
+        projected=part(one.projected),
+    )
+
+
+def places(kept: Tensor) -> set[int]:
+    """Indices of True."""
+    return set(kept.nonzero().flatten().tolist())
