@@ -7,7 +7,7 @@ merger makes one token of every 2 × 2 patches. Tokens have three position ids (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ from targets.families.vision import LayerPass, VisionPass, VisionTap, padded
 from targets.preprocessing import Layout, Preprocessing
 from targets.preprocessing.qwen_vl import QwenPreprocessor
 
-_AXES = 3
+_AXES: Final = 3
 """Time, row and column: the position ids of one token."""
+_SUITS: Final = 8
+"""Tokens along the side of a picture that suits the model, which takes any."""
+_NOTE: Final = "redteam_grids"
+"""Attribute of encoder outputs that holds the grids of their pictures, inside a session."""
 
 
 class QwenVL(Family):
@@ -50,6 +54,8 @@ class QwenVL(Family):
         self.text, self.layers = self.core.language_model, self.core.language_model.layers
         self.image_token_id = int(config.image_token_id)
         self.merge = int(config.vision_config.spatial_merge_size)
+        side = _SUITS * self.merge * int(config.vision_config.patch_size)
+        self.image_size = (side, side)
         self.tower_depth = len(self.tower.blocks)
         self.feature_layer = self.tower_depth - 1
 
@@ -82,9 +88,13 @@ class QwenVL(Family):
         """Rows and columns of tokens of each picture."""
         grids = inputs.get("image_grid_thw")
         if grids is None:
+            encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+            grids = getattr(encoded, _NOTE, None)
+        if grids is None:
             raise TargetError(
                 f"{self.model.config.model_type}: the model was called without image_grid_thw, so "
-                "it is unknown how many tokens each image has; pass it along with the images"
+                "it is unknown how many tokens each image has; pass it along with the pixel_values "
+                "or encoder outputs"
             )
         return [
             (int(rows) // self.merge, int(columns) // self.merge)
@@ -158,24 +168,13 @@ class QwenVL(Family):
         return cosine, sine
 
     def attach(self, current: Any) -> Sequence[Any]:  # noqa: ANN401 - a function
-        """Position ids lose the row that `generate` puts above the three axes.
-
-        That row only tells packed sequences apart, which a 2-D mask does already; it counts
-        columns, so that it runs ahead of the others and must not be shifted along with them.
-        """
+        """Keeps what sessions need to know of `generate`, which hands only part of it on."""
         del current
-
-        def drop(
-            module: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            del module
-            positions = kwargs.get("position_ids")
-            if positions is not None:
-                kwargs = {**kwargs, "position_ids": without_text(positions)}
-            return args, kwargs
-
-        # In front of the session's own hook, whichever was installed first.
-        return [self.text.register_forward_pre_hook(drop, with_kwargs=True, prepend=True)]
+        return [
+            self.tower.register_forward_hook(_note_grids, with_kwargs=True),
+            # In front of the session's own hook, whichever was installed first.
+            self.text.register_forward_pre_hook(_drop_text, with_kwargs=True, prepend=True),
+        ]
 
 
 class Qwen2VL(QwenVL):
@@ -192,3 +191,31 @@ def without_text(positions: Tensor) -> Tensor:
     """Position ids without the row of text positions in front of the three axes."""
     stacked = positions.dim() == _AXES and len(positions) == _AXES + 1
     return positions[1:] if stacked else positions
+
+
+def _note_grids(
+    module: object,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,  # noqa: ANN401 - of transformers
+) -> None:
+    """Write the grids onto the tower's output: `generate` encodes first and forgets them."""
+    del module
+    grids = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+    if not isinstance(output, tuple):
+        setattr(output, _NOTE, grids)
+
+
+def _drop_text(
+    module: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Take away the row that `generate` puts above the three axes of position ids.
+
+    It only tells packed sequences apart, which a 2-D mask does already; as it counts columns, it
+    runs ahead of the axes and must not be shifted along with them.
+    """
+    del module
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        kwargs = {**kwargs, "position_ids": without_text(positions)}
+    return args, kwargs

@@ -86,7 +86,9 @@ def loud(model: Any, seed: int = 0) -> Any:
                 fan = 1 if "embed" in name and "proj" not in name else weight[0].numel()
                 weight.copy_(noise * 1.5 / fan**0.5)
             else:
-                weight.copy_(noise * 0.1 + (0.0 if name.endswith("bias") else 1.0))
+                # Queries and keys of normalised length are compared more sharply if it is longer.
+                middle = 1.6 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
+                weight.copy_(noise * 0.1 + (0.0 if name.endswith("bias") else middle))
     model.generation_config.eos_token_id = ids("<|im_end|>")[0]
     model.generation_config.pad_token_id = 0
     return model.eval().requires_grad_(False)
