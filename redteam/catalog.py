@@ -29,6 +29,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "divprune": "targets.compression.divprune:DivPrune",
         "random": "targets.compression.random:Random",
         "uniform": "targets.compression.uniform:Uniform",
+        "drop_all": "targets.compression.drop_all:DropAll",
         "pipeline": "redteam.loaders:Composition",
     },
     "attacks": {

@@ -19,6 +19,7 @@ from targets.compression.trace import Forced
 from targets.errors import TargetError
 from targets.families import family_of
 from targets.families.base import Family
+from targets.pace import Pace, pace
 from targets.passes import Passes
 from targets.preprocessing import Layout
 from targets.prompts import PromptBook
@@ -198,6 +199,47 @@ class LVLM:
         """
         with torch.no_grad():
             return self._passes.option_scores(images, questions, options, compressor, seeds)
+
+    def answer_logprob(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        *,
+        compressor: Compressor | None = None,
+        kept: Forced = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Log-probability of an answer to each question, end token included, ``[B]``.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B texts.
+            answers: B texts, teacher-forced.
+            compressor: what drops visual tokens; None for none.
+            kept: a selection to impose, as in `answer`.
+            seeds: one per sample, for compressors that draw.
+        """
+        with torch.no_grad():
+            return self._passes.answer_logprob(images, questions, answers, compressor, kept, seeds)
+
+    def measure(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        *,
+        compressor: Compressor | None = None,
+        steps: int = 8,
+    ) -> Pace:
+        """Time a prefill and some decoding steps, and count what they hold.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B texts.
+            compressor: what drops visual tokens; None for none.
+            steps: decoding steps after the prefill, ≥ 1.
+        """
+        return pace(self._passes, images, questions, compressor, steps)
 
     def view(self, knowledge: Knowledge, compressor: Compressor | None = None) -> ImageView:
         """What an attacker with this knowledge may use; anything else raises `KnowledgeError`.

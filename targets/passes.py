@@ -15,6 +15,7 @@ from targets.base import Ranking, VisionOutput
 from targets.compression.base import Compressor
 from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
+from targets.compression.trace import Forced
 from targets.errors import TargetError
 from targets.families.base import Family
 from targets.preprocessing import Layout, Preprocessing
@@ -83,6 +84,7 @@ class Passes:
         *,
         seeds: Sequence[int] | None = None,
         relax: float | None = None,
+        kept: Forced = None,
     ) -> tuple[Tensor, Dialogue]:
         """Teacher-forced log-probabilities ``[B, A, vocabulary]`` and the tokens they are for.
 
@@ -93,15 +95,31 @@ class Passes:
             compressor: None for all visual tokens.
             seeds: one per sample.
             relax: see `targets.compression.session.compress`.
+            kept: see there.
         """
         _one_each(images, questions)
         inputs, layout, size = self.inputs(images, compressor)
         talk = self.prompts.dialogue(questions, answers, layout, size)
         if compressor is None:
             return self._logprobs(self._run(talk, inputs), talk), talk
-        with self._session(compressor, "hard", seeds, talk, relax):
+        with self._session(compressor, "hard", seeds, talk, relax, kept):
             hidden = self._run(talk, inputs)
         return self._logprobs(hidden, talk), talk
+
+    def answer_logprob(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        compressor: Compressor | None,
+        kept: Forced,
+        seeds: Sequence[int] | None,
+    ) -> Tensor:
+        """Log-probability of each whole answer, ``[B]``."""
+        logprobs, talk = self.answer_logprobs(
+            images, questions, answers, compressor, seeds=seeds, kept=kept
+        )
+        return _of_targets(logprobs, talk)
 
     def nll(
         self,
@@ -205,6 +223,7 @@ class Passes:
         seeds: Sequence[int] | None,
         talk: Dialogue | None = None,
         relax: float | None = None,
+        kept: Forced = None,
     ) -> CompressionSession:
         return compress(
             self.family.model,
@@ -214,6 +233,7 @@ class Passes:
             seeds=seeds,
             answer_columns=0 if talk is None else talk.targets.shape[1] - 1,
             relax=relax,
+            kept=kept,
         )
 
 

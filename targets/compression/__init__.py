@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from targets.compression.base import Compressor, Selection
     from targets.compression.divprune import DivPrune
+    from targets.compression.drop_all import DropAll
     from targets.compression.fastv import FastV
     from targets.compression.random import Random
     from targets.compression.session import CompressionSession, compress
@@ -21,6 +22,7 @@ _HOMES: Final = {
     "CompressionSession": "session",
     "Compressor": "base",
     "DivPrune": "divprune",
+    "DropAll": "drop_all",
     "FastV": "fastv",
     "Random": "random",
     "Selection": "base",
@@ -33,6 +35,7 @@ __all__ = [
     "CompressionSession",
     "Compressor",
     "DivPrune",
+    "DropAll",
     "FastV",
     "Random",
     "Selection",

@@ -24,6 +24,7 @@ from targets.families import SUPPORTED, family_of
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 CLOSE = {"rtol": 0, "atol": 5e-5}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "drop_all": {"layer": 2},
     "random": {"retention": 0.5, "layer": 2},
     "fastv": {"retention": 0.5, "layer": 2},
 }
