@@ -30,6 +30,9 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "random": "targets.compression.random:Random",
         "uniform": "targets.compression.uniform:Uniform",
         "drop_all": "targets.compression.drop_all:DropAll",
+        "explainability": "targets.compression.explainability:Explainability",
+        "quecc": "targets.compression.quecc:QueCC",
+        "tokenflex": "targets.compression.tokenflex:TokenFLEX",
         "pipeline": "redteam.loaders:Composition",
     },
     "attacks": {

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from targets.compression.base import Compressor, Selection
     from targets.compression.divprune import DivPrune
     from targets.compression.drop_all import DropAll
+    from targets.compression.explainability import Explainability
     from targets.compression.fastv import FastV
+    from targets.compression.quecc import QueCC
     from targets.compression.random import Random
     from targets.compression.session import CompressionSession, compress
+    from targets.compression.tokenflex import TokenFLEX
     from targets.compression.uniform import Uniform
     from targets.compression.visionzip import VisionZip
 
@@ -23,9 +26,12 @@ _HOMES: Final = {
     "Compressor": "base",
     "DivPrune": "divprune",
     "DropAll": "drop_all",
+    "Explainability": "explainability",
     "FastV": "fastv",
+    "QueCC": "quecc",
     "Random": "random",
     "Selection": "base",
+    "TokenFLEX": "tokenflex",
     "Uniform": "uniform",
     "VisionZip": "visionzip",
     "compress": "session",
@@ -36,9 +42,12 @@ __all__ = [
     "Compressor",
     "DivPrune",
     "DropAll",
+    "Explainability",
     "FastV",
+    "QueCC",
     "Random",
     "Selection",
+    "TokenFLEX",
     "Uniform",
     "VisionZip",
     "compress",

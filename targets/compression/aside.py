@@ -1,0 +1,76 @@
+"""Run a part of the model beside the forward that a session is in, without anyone's hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from targets.compression.sight import TextSight
+
+_HOOKS: Final = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@contextlib.contextmanager
+def unhooked(module: nn.Module) -> Iterator[None]:
+    """Calls of a module and all its parts run no forward hooks; they are back afterwards.
+
+    The session's own hooks would take such a call for the prefill it is waiting for, and a tap
+    would keep the wrong values. Gradient checkpointing is off as well: a replay would come when the
+    hooks are back.
+    """
+    saved: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for part in module.modules():
+            for name in _HOOKS:
+                saved.append((part, name, part.__dict__[name]))
+                part.__dict__[name] = OrderedDict()
+            if part.__dict__.get("gradient_checkpointing"):
+                saved.append((part, "gradient_checkpointing", True))
+                part.__dict__["gradient_checkpointing"] = False
+        yield
+    finally:
+        for part, name, value in saved:
+            part.__dict__[name] = value
+
+
+def question_state(text: TextSight) -> Tensor:
+    """Last hidden state of the language model for each row's question alone; live.
+
+    The question is the text behind the last image of its row, the end of a chat template included;
+    in rows without any it is all of their text. It is run by itself, from position 0.
+
+    Args:
+        text: the prompt, at the input of the language model.
+
+    Returns:
+        ``[B, D]`` state of the last word; zero for rows without a word.
+    """
+    words = text.words_after()
+    words = torch.where(words.any(1, keepdim=True), words, text.words)
+    width = max(1, int(words.sum(1).amax()))
+    # Left padding: words come last, in their order.
+    columns = words.long().argsort(dim=1, stable=True)[:, -width:]
+    live = words.gather(1, columns)
+    embeds = text.embeds.gather(1, columns[..., None].expand(*columns.shape, text.embeds.shape[2]))
+    family = text.family
+    with unhooked(family.text):
+        output = family.text(
+            inputs_embeds=embeds,
+            attention_mask=live.long(),
+            use_cache=False,
+            **family.positions(live.long()),
+        )
+    last: Tensor = output.last_hidden_state[:, -1]
+    return last * live.any(1, keepdim=True)
