@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from targets.errors import TargetError
+from targets.compression.base import Compressor
+from targets.errors import CompressionError, TargetError
+from targets.families.base import Family
 from targets.families.llava import Llava, clip_layers
 from targets.families.vision import FeaturesReached, LayerPass, VisionPass, padded
 from targets.preprocessing.anyres import PackedLayout, Packing
@@ -56,6 +58,15 @@ class LlavaNext(Llava):
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         super().__init__(model)
         self.packing = Packing.of(model.config)
+        self._mixes = False
+
+    def fixed_tokens(self) -> int:
+        """0: it depends on the picture."""
+        return 0
+
+    def refuses(self, compressor: Compressor) -> str | None:
+        """Whatever shortens the tower from inside: tiles are packed by their full grids."""
+        return Family.refuses(self, compressor)
 
     # Pictures -----------------------------------------------------------------------------------
 
@@ -120,10 +131,27 @@ class LlavaNext(Llava):
         places, present = padded(parts)
         runs_of_base = torch.tensor(base, device=hidden.device)
         common = (captured, self.feature_layer, scaling, self.has_cls)
+        self._mixes = False
         if width == 1:
             return VisionPass(*common, places, present, runs_of_base)
+        self._mixes = True
         mixed, _ = padded(weights)
         return MixedPass(*common, places, present, runs_of_base, weights=mixed)
+
+    def project_tokens(self, features: Tensor) -> Tensor:
+        """Through the two-layer perceptron, for tokens that are not mixed behind it.
+
+        Raises:
+            CompressionError: for pictures whose tokens are.
+        """
+        if self._mixes:
+            raise CompressionError(
+                f"{self.model_types[0]}: a picture has more tokens than the model's limit "
+                f"({self.packing.limit} tiles' worth), so the model interpolates them behind the "
+                "projector; tokens merged before the projector would not be the model's. Use "
+                "smaller pictures, or a method that does not merge or acts at the language model"
+            )
+        return super().project_tokens(features)
 
     def run_tower(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
         """The tower alone, on the tiles that are no filling."""

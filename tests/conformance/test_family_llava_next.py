@@ -81,7 +81,7 @@ def test_tokens_are_their_patches(family: LlavaNext, processor: Any, case: str) 
     layouts = family.images(made["input_ids"] == family.image_token_id, made)
     vision = family.encode(images, layouts)
     hidden = vision.layers[vision.feature_layer].hidden[:, int(family.has_cls) :]
-    projected = vision.per_token(family.project_tokens(hidden)).squeeze(2)
+    projected = vision.per_token(family.projector(hidden)).squeeze(2)
     newline = family.core.image_newline
     for index, (one, features) in enumerate(zip(layouts, packed(family, images), strict=True)):
         assert torch.equal(vision.present[index], torch.arange(projected.shape[1]) < one.tokens)

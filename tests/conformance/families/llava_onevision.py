@@ -1,8 +1,19 @@
-"""A tiny random LLaVA-OneVision; pictures of four tiles are over its limit of tokens."""
+"""A tiny random LLaVA-OneVision; a picture of four tiles is over its limit of tokens."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from families.llava_next import (
     ANSWERS,
@@ -16,16 +27,6 @@ from families.llava_next import (
     loud,
     picture,
     tokenizer,
-)
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionProcessor,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
 )
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 TILE, PATCH = 24, 7
 """Three patches and a strip of 3 pixels that nobody sees, as with SigLIP's 384 and 14."""
 PINPOINTS = [[TILE * rows, TILE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
-ASPECT = "anyres_max_2"
+ASPECT = "anyres_max_3"
 
 
 class StillsOnly(LlavaOnevisionProcessor):  # type: ignore[misc]
