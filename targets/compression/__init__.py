@@ -10,46 +10,76 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from targets.compression.base import Compressor, Selection
+    from targets.compression.cdpruner import CDPruner
     from targets.compression.divprune import DivPrune
+    from targets.compression.downsample import Downsample
     from targets.compression.drop_all import DropAll
     from targets.compression.explainability import Explainability
+    from targets.compression.fastervlm import FasterVLM
     from targets.compression.fastv import FastV
+    from targets.compression.grid import Grid
+    from targets.compression.hiprune import HiPrune
+    from targets.compression.hired import HiRED
+    from targets.compression.pool import Pool
+    from targets.compression.prumerge import PruMerge
     from targets.compression.quecc import QueCC
     from targets.compression.random import Random
     from targets.compression.session import CompressionSession, compress
     from targets.compression.tokenflex import TokenFLEX
     from targets.compression.uniform import Uniform
     from targets.compression.visionzip import VisionZip
+    from targets.compression.vispruner import VisPruner
+    from targets.compression.zoo_prune import ZooPrune
 
 _HOMES: Final = {
+    "CDPruner": "cdpruner",
     "CompressionSession": "session",
     "Compressor": "base",
     "DivPrune": "divprune",
+    "Downsample": "downsample",
     "DropAll": "drop_all",
     "Explainability": "explainability",
     "FastV": "fastv",
+    "FasterVLM": "fastervlm",
+    "Grid": "grid",
+    "HiPrune": "hiprune",
+    "HiRED": "hired",
+    "Pool": "pool",
+    "PruMerge": "prumerge",
     "QueCC": "quecc",
     "Random": "random",
     "Selection": "base",
     "TokenFLEX": "tokenflex",
     "Uniform": "uniform",
+    "VisPruner": "vispruner",
     "VisionZip": "visionzip",
+    "ZooPrune": "zoo_prune",
     "compress": "session",
 }
 
 __all__ = [
+    "CDPruner",
     "CompressionSession",
     "Compressor",
     "DivPrune",
+    "Downsample",
     "DropAll",
     "Explainability",
     "FastV",
+    "FasterVLM",
+    "Grid",
+    "HiPrune",
+    "HiRED",
+    "Pool",
+    "PruMerge",
     "QueCC",
     "Random",
     "Selection",
     "TokenFLEX",
     "Uniform",
+    "VisPruner",
     "VisionZip",
+    "ZooPrune",
     "compress",
 ]
 
