@@ -25,6 +25,11 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
     },
     "compressors": {
         "fastv": "targets.compression.fastv:FastV",
+        "pyramiddrop": "targets.compression.pyramiddrop:PyramidDrop",
+        "sparsevlm": "targets.compression.sparsevlm:SparseVLM",
+        "transprune": "targets.compression.transprune:TransPrune",
+        "visiondrop": "targets.compression.visiondrop:VisionDrop",
+        "vasparse": "targets.compression.vasparse:VASparse",
         "visionzip": "targets.compression.visionzip:VisionZip",
         "divprune": "targets.compression.divprune:DivPrune",
         "random": "targets.compression.random:Random",

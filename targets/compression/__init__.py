@@ -22,11 +22,16 @@ if TYPE_CHECKING:
     from targets.compression.hired import HiRED
     from targets.compression.pool import Pool
     from targets.compression.prumerge import PruMerge
+    from targets.compression.pyramiddrop import PyramidDrop
     from targets.compression.quecc import QueCC
     from targets.compression.random import Random
     from targets.compression.session import CompressionSession, compress
+    from targets.compression.sparsevlm import SparseVLM
     from targets.compression.tokenflex import TokenFLEX
+    from targets.compression.transprune import TransPrune
     from targets.compression.uniform import Uniform
+    from targets.compression.vasparse import VASparse
+    from targets.compression.visiondrop import VisionDrop
     from targets.compression.visionzip import VisionZip
     from targets.compression.vispruner import VisPruner
     from targets.compression.zoo_prune import ZooPrune
@@ -46,12 +51,17 @@ _HOMES: Final = {
     "HiRED": "hired",
     "Pool": "pool",
     "PruMerge": "prumerge",
+    "PyramidDrop": "pyramiddrop",
     "QueCC": "quecc",
     "Random": "random",
     "Selection": "base",
+    "SparseVLM": "sparsevlm",
     "TokenFLEX": "tokenflex",
+    "TransPrune": "transprune",
     "Uniform": "uniform",
+    "VASparse": "vasparse",
     "VisPruner": "vispruner",
+    "VisionDrop": "visiondrop",
     "VisionZip": "visionzip",
     "ZooPrune": "zoo_prune",
     "compress": "session",
@@ -72,12 +82,17 @@ __all__ = [
     "HiRED",
     "Pool",
     "PruMerge",
+    "PyramidDrop",
     "QueCC",
     "Random",
     "Selection",
+    "SparseVLM",
     "TokenFLEX",
+    "TransPrune",
     "Uniform",
+    "VASparse",
     "VisPruner",
+    "VisionDrop",
     "VisionZip",
     "ZooPrune",
     "compress",
