@@ -36,8 +36,8 @@ class Downsample(Compressor):
         CompressionError: for an option outside its range.
 
     *Differs from the paper in …*: sides are rounded to whole pixels, levels to 8 bits, with a
-    straight-through gradient. Models that bring every
-    picture to one size are refused, since they would only lose detail, no token.
+    straight-through gradient. Models that bring
+    pictures to set sizes or tiles of one size are refused, since they would lose detail, no token.
     """
 
     name: ClassVar[str] = "downsample"
@@ -66,14 +66,13 @@ class Downsample(Compressor):
         return ()
 
     def refuses(self, family: Family) -> str | None:
-        """A tower of one size gives as many tokens for any picture."""
-        tokens = family.fixed_tokens()
-        if tokens:
-            return (
-                f"every picture has {tokens} tokens there, whatever its size, so that a smaller "
-                "one loses detail and saves nothing; use pool"
-            )
-        return None
+        """Where pictures are brought to set sizes, a smaller one has no fewer tokens."""
+        if family.any_size:
+            return None
+        return (
+            "pictures are brought to set sizes there, or cut into tiles of one size, so that a "
+            "smaller one loses detail but hardly a token; use pool"
+        )
 
     def shrink(self, images: Tensor) -> Tensor:
         """Pictures ``[B, 3, H, W]`` in [0, 1], both sides divided by D; differentiable."""

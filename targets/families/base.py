@@ -30,6 +30,8 @@ class Family(ABC):
     Attributes:
         model_types: values of ``config.model_type`` it serves.
         known_weak: compressors known to do badly on this family, with the reason.
+        any_size: whether pictures go in as large as they are, so that smaller ones have fewer
+            tokens.
         model: the model; core: the part below the language-model head.
         tower: vision tower. projector: from vision to text width. text: the language model.
         layers: decoder layers of `text`. image_token_id: the placeholder.
@@ -39,6 +41,7 @@ class Family(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
+    any_size: ClassVar[bool] = False
 
     model: Any
     core: Any

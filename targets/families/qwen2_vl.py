@@ -40,6 +40,8 @@ class QwenVL(Family):
         TargetError: for a text model with a sliding window.
     """
 
+    any_size: ClassVar[bool] = True
+
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         config = model.config
         kinds = getattr(config.text_config, "layer_types", None) or ()

@@ -42,8 +42,8 @@ def test_it_cuts_nothing_and_takes_a_share_only() -> None:
             Downsample(**options)  # type: ignore[arg-type]
 
 
-def test_models_of_one_size_refuse_it() -> None:
-    fixed: Any = SimpleNamespace(fixed_tokens=lambda: 576)
-    native: Any = SimpleNamespace(fixed_tokens=lambda: 0)
-    assert "576 tokens" in str(Downsample(retention=0.5).refuses(fixed))
+def test_models_of_set_sizes_refuse_it() -> None:
+    fixed: Any = SimpleNamespace(any_size=False)
+    native: Any = SimpleNamespace(any_size=True)
+    assert "set sizes" in str(Downsample(retention=0.5).refuses(fixed))
     assert Downsample(retention=0.5).refuses(native) is None
