@@ -119,6 +119,61 @@ def run(
 
 
 @app.command()
+def measure(
+    scenario: ScenarioName,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results. [default: runs/measure-<name>-<time>]"),
+    ] = None,
+    retention: Annotated[
+        str | None,
+        typer.Option(help="Try every compression at these shares, e.g. 0.5,0.25,0.11."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed batches each; 0 for none.")] = 3,
+    evidence: Annotated[
+        int, typer.Option(min=0, help="Make the evidence maps of so many samples.")
+    ] = 0,
+    layers: Annotated[str, typer.Option(help="Layers of the evidence maps, e.g. 0,2.")] = "0",
+    horizon: Annotated[
+        int, typer.Option(min=0, help="Look for the horizon on so many samples.")
+    ] = 0,
+    overrides: Overrides = None,
+    device: Device = None,
+    limit: Limit = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what compression gives and costs on clean data; runs no attack."""
+    from redteam.output import show_measurement, stderr
+
+    checked = _load(scenario, overrides, device=device, limit=limit, seed=seed)
+    shares, numbers = (
+        numbers_of("--retention", retention or "", 0.0, 1.0),
+        numbers_of("--layers", layers, -1, 1e4),
+    )
+    _quieten()
+    with stderr().status("loading …") as status:
+        from redteam.measuring import Wanted, folder_of
+        from redteam.measuring import measure as run_measure
+
+        folder = out or folder_of(checked)
+        wanted = Wanted(
+            retentions=tuple(shares),
+            repeats=repeats,
+            evidence=evidence,
+            layers=tuple(int(number) for number in numbers),
+            horizon=horizon,
+        )
+        found = run_measure(
+            checked,
+            folder,
+            wanted,
+            lambda what, done: status.update(f"{100 * done:.0f} % · {what}"),
+        )
+    show_measurement(folder, found, as_json=as_json)
+
+
+@app.command()
 def validate(
     scenario: ScenarioName,
     overrides: Overrides = None,
@@ -222,6 +277,29 @@ def _load(
     items += [] if device is None else [f"engine.device={device}"]
     items += [] if seed is None else [f"seed={seed}"]
     return load_limited(scenario, items, limit)
+
+
+def numbers_of(option: str, text: str, low: float, high: float) -> list[float]:
+    """Numbers of a comma-separated option, each in (low, high].
+
+    Raises:
+        UsageError: naming the option and the part that is none.
+    """
+    from redteam.errors import UsageError
+
+    found = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        try:
+            number = float(part)
+        except ValueError:
+            number = float("nan")
+        if not low < number <= high:
+            raise UsageError(
+                f"{option}: {part!r} is not allowed; give numbers above {low:g} up to {high:g}, "
+                "separated by commas"
+            )
+        found.append(number)
+    return found
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -19,6 +19,10 @@ class RedteamError(Exception):
     exit_code: ExitCode = ExitCode.USAGE
 
 
+class UsageError(RedteamError):
+    """An option of the command line is wrong."""
+
+
 class CatalogError(RedteamError):
     """A name is not in the catalogue, or what it names cannot be used."""
 

@@ -19,7 +19,7 @@ def assign_labels(methods: Sequence[Raw], findings: Findings) -> list[str]:
     A name the user gave is taken as it is. Otherwise the type, with what compressors are known by
     (layer and budget); methods that would share a label add the options in which they differ.
     """
-    labels = [method.name or _short(method) for method in methods]
+    labels = [method.name or short(method.kind, method.type, method.options) for method in methods]
     for label in set(labels):
         group = [i for i, other in enumerate(labels) if other == label and not methods[i].name]
         if len(group) > 1:
@@ -37,20 +37,20 @@ def assign_labels(methods: Sequence[Raw], findings: Findings) -> list[str]:
     return labels
 
 
-def _short(method: Raw) -> str:
-    options = method.options
-    if method.kind == "targets":
+def short(kind: str, name: str, options: Mapping[str, Any]) -> str:
+    """What a method is called without a name of its own."""
+    if kind == "targets":
         if "checkpoint" in options:
             return str(options["checkpoint"])
         model = str(options.get("model", ""))
-        return PurePath(model).name[:48] or method.type
-    if method.kind == "defenses" and method.type != "none":
-        return f"{method.type} ({UNVERIFIED})"
-    if method.kind != "compressors":
-        return method.type
+        return PurePath(model).name[:48] or name
+    if kind == "defenses" and name != "none":
+        return f"{name} ({UNVERIFIED})"
+    if kind != "compressors":
+        return name
     if "stages" in options:
         return " + ".join(_compressor(stage["type"], stage) for stage in options["stages"])
-    return _compressor(method.type, options)
+    return _compressor(name, options)
 
 
 def _compressor(name: str, options: Mapping[str, Any]) -> str:

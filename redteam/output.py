@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from redteam.runner import Finished
     from redteam.scenario import Scenario
     from reports import Built
+    from reports.measurement import Measurement
 
 _WIDE: Final = 180
 """Columns where there is no terminal: nobody wants a wrapped table in a log."""
@@ -110,6 +111,43 @@ def show_report(
     ):
         console.print(Text(f"{label:8} {path}"), soft_wrap=True)
     console.print(Text(f"next     {_next(folder, built, interrupted)}"), soft_wrap=True)
+
+
+def show_measurement(folder: Path, found: Measurement, *, as_json: bool) -> None:
+    """The end of ``redteam measure``: a table for each target, files, and what to do next."""
+    from reports.measurement import COLUMNS, FILE, rows
+
+    if as_json:
+        write_json({"folder": str(folder), **found.model_dump(mode="json")})
+        return
+    console = stdout()
+    for target in dict.fromkeys(one.target for one in found.settings):
+        full = found.full(target)
+        console.print()
+        console.print(Text(f"{target}: {count(full.n, 'sample')}, clean", style="bold"))
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, name in enumerate(COLUMNS):
+            table.add_column(name, justify="right" if index else "left")
+        for row in rows(found, target):
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        for method, _ in found.curves(target):
+            best = found.practical(target, method)
+            if best is None:
+                console.print(
+                    Text(f"! {method}: no budget keeps 80 % of the full accuracy", style="yellow")
+                )
+    for one in found.settings:
+        if one.errors:
+            message = f"! {one.compression}: {count(one.errors, 'error')}; first: {one.error}"
+            console.print(Text(plain(message), style="yellow"), soft_wrap=True)
+    console.print()
+    for label, path in (("report", folder / "measurement.html"), ("data", folder / FILE)):
+        console.print(Text(f"{label:8} {path}"), soft_wrap=True)
+    console.print(
+        Text("next     choose a setting, then attack it: redteam run with it under compressions"),
+        soft_wrap=True,
+    )
 
 
 def _next(folder: Path, built: Built, interrupted: bool) -> str:

@@ -32,9 +32,9 @@ class Answered:
 
     Attributes:
         texts: B answers without special tokens and surrounding space.
-        kept: bool ``[B, V]``, tokens kept at prefill; None without a compressor. For VisionZip
-            these are the dominant ones.
-        score: ``[B, V]``, what they were chosen by; None without a compressor.
+        kept: bool ``[B, V]``, tokens left after the last cut of the prefill; None without a
+            compressor. Of merging compressors these are the ones taken over as they are.
+        score: ``[B, V]``, what the first cut chose by; None without a compressor.
         seconds: wall time of the whole batch.
         selection: B selections that `LVLM.answer` takes back as `kept`; None without a compressor.
     """
@@ -174,7 +174,7 @@ class LVLM:
             return Answered(texts, None, None, seconds)
         selection = session.trace.selection
         rows = tuple(selection.row(index) for index in range(len(texts)))
-        return Answered(texts, selection.kept, session.trace.score, seconds, rows)
+        return Answered(texts, session.trace.kept, session.trace.score, seconds, rows)
 
     def option_scores(
         self,

@@ -69,7 +69,7 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
     manifest, cells = store.manifest, summary["cells"]
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    page = _environment().get_template("report.html")
+    page = environment().get_template("report.html")
     return page.render(
         style=Markup(style),  # noqa: S704 - our own file
         style_hash=digest,
@@ -101,7 +101,8 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates with our filters; everything printed is escaped and made plain."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
