@@ -7,6 +7,7 @@ size of a picture alone, so both the image processor and the model's side ask th
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
@@ -149,31 +150,7 @@ class Packing:
         newline. A token that is interpolated (OneVision) has the cell of the interpolated grid as
         its box and the patch in which the centre of that cell lies as its place.
         """
-        rows, columns = self.axes(size)
-        high, wide = len(rows), len(columns)
-        down = torch.arange(high).repeat_interleave(wide)
-        across = torch.arange(wide).repeat(high)
-        tiles = self.tiling(size).shape
-        scale = (size[0] / self.tile, size[1] / self.tile)
-        base = self._view((0.0, 0.0), scale)
-        boxes = torch.stack(
-            [rows.start[down], columns.start[across], rows.end[down], columns.end[across]], 1
-        )
-        first = base.tokens
-        patches, weights = self._mixture(rows, columns, tiles[1])
-        whole = base.patches.expand(-1, patches.shape[1])
-        return PackedLayout(
-            boxes=torch.cat([base.boxes, boxes]),
-            tile=torch.cat([base.tile, 1 + rows.tile[down] * tiles[1] + columns.tile[across]]),
-            row=torch.cat([base.row, rows.patch[down]]),
-            column=torch.cat([base.column, columns.patch[across]]),
-            shapes=base.shapes * (1 + tiles[0] * tiles[1]),
-            base=0,
-            columns=torch.cat([base.columns, first + down * (wide + 1) + across]),
-            placeholders=first + high * (wide + 1),
-            patches=torch.cat([whole, patches]),
-            weights=torch.cat([torch.eye(1, patches.shape[1]).double().expand(first, -1), weights]),
-        )
+        return _layout(self, size)
 
     def single(self, size: Size) -> PackedLayout:
         """Tokens of a picture that is one padded square (OneVision, several in a prompt).
@@ -182,10 +159,10 @@ class Packing:
         """
         side = max(size)
         corner = (-float((side - size[0]) // 2), -float((side - size[1]) // 2))
-        square = self._view(corner, (side / self.tile,) * 2)
+        square = self.view(corner, (side / self.tile,) * 2)
         return replace(square, placeholders=square.tokens + 1)
 
-    def _view(self, corner: tuple[float, float], scale: tuple[float, float]) -> PackedLayout:
+    def view(self, corner: tuple[float, float], scale: tuple[float, float]) -> PackedLayout:
         """A tile that shows the picture from a corner on, each of its pixels `scale` of those."""
         top, left = corner
         length = self.side * self.patch
@@ -195,7 +172,7 @@ class Packing:
         own = torch.arange(grid.tokens)[:, None]
         return PackedLayout(**values, patches=own, weights=torch.ones(grid.tokens, 1).double())
 
-    def _mixture(self, rows: Axis, columns: Axis, wide: int) -> tuple[Tensor, Tensor]:
+    def mixture(self, rows: Axis, columns: Axis, wide: int) -> tuple[Tensor, Tensor]:
         """`patches` and `weights` of the tokens of the tiles, `wide` of which are side by side."""
         take = 2 if rows.mixes or columns.mixes else 1
         side = self.side
@@ -243,6 +220,36 @@ class Packing:
         """
         tile, inside = divmod(patch, self.side)
         return tile * self.tile + (inside + place - patch) * self.patch
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(packing: Packing, size: Size) -> PackedLayout:
+    """`Packing.layout`; asked for several times in every forward of a picture."""
+    rows, columns = packing.axes(size)
+    high, wide = len(rows), len(columns)
+    down = torch.arange(high).repeat_interleave(wide)
+    across = torch.arange(wide).repeat(high)
+    tiles = packing.tiling(size).shape
+    scale = (size[0] / packing.tile, size[1] / packing.tile)
+    base = packing.view((0.0, 0.0), scale)
+    boxes = torch.stack(
+        [rows.start[down], columns.start[across], rows.end[down], columns.end[across]], 1
+    )
+    first = base.tokens
+    patches, weights = packing.mixture(rows, columns, tiles[1])
+    whole = base.patches.expand(-1, patches.shape[1])
+    return PackedLayout(
+        boxes=torch.cat([base.boxes, boxes]),
+        tile=torch.cat([base.tile, 1 + rows.tile[down] * tiles[1] + columns.tile[across]]),
+        row=torch.cat([base.row, rows.patch[down]]),
+        column=torch.cat([base.column, columns.patch[across]]),
+        shapes=base.shapes * (1 + tiles[0] * tiles[1]),
+        base=0,
+        columns=torch.cat([base.columns, first + down * (wide + 1) + across]),
+        placeholders=first + high * (wide + 1),
+        patches=torch.cat([whole, patches]),
+        weights=torch.cat([torch.eye(1, patches.shape[1]).double().expand(first, -1), weights]),
+    )
 
 
 def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
