@@ -1,0 +1,97 @@
+"""``redteam measure`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from redteam.cli import app
+from redteam.errors import RedteamError
+
+SCENARIO = """\
+name: clean
+targets: [{type: scenes}]
+dataset: {type: scenes, samples: 6}
+attacks: [{type: noise, epsilons: [8/255]}]
+compressions:
+  - {type: fastv, retention: 0.25}
+  - {type: random, retention: 0.25}
+  - stages: [{type: visionzip, retention: 0.5}, {type: fastv, layer: 2, retention: 0.25}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    here = tmp_path_factory.mktemp("measure")
+    (here / "clean.yaml").write_text(SCENARIO)
+    options = [
+        "--retention",
+        "0.5,0.11",
+        "--evidence",
+        "1",
+        "--layers",
+        "0,3",
+        "--horizon",
+        "4",
+        "--repeats",
+        "1",
+    ]
+    done = CliRunner().invoke(
+        app, ["measure", str(here / "clean.yaml"), "--out", str(here / "out"), *options]
+    )
+    assert done.exit_code == 0, done.output
+    (here / "printed.txt").write_text(done.output)
+    return here
+
+
+def test_every_setting_is_measured(folder: Path) -> None:
+    found = json.loads((folder / "out" / "measurement.json").read_text())
+    names = [one["compression"] for one in found["settings"]]
+    assert names == [
+        "",
+        "fastv K=2 50%",
+        "fastv K=2 11%",
+        "random 50%",
+        "random 11%",
+        "visionzip 50% + fastv K=2 25%",
+    ]
+    for one in found["settings"]:
+        assert one["n"] == 6
+        assert one["speed"]["macs"] > 0
+        assert one["tokens"] == 144
+    full, half = found["settings"][0], found["settings"][1]
+    assert (full["kept"], half["kept"]) == (144, 72)
+    assert full["right"] == 6
+    assert half["speed"]["visual"] == [144, 144, 72, 72, 72, 72]
+    assert half["speed"]["macs"] < full["speed"]["macs"]
+    assert half["speed"]["cache_bytes"] < full["speed"]["cache_bytes"]
+    assert sum(half["frequency"]) == pytest.approx(72, abs=0.1)
+    composed = found["settings"][-1]
+    assert composed["speed"]["visual"] == [72, 72, 36, 36, 36, 36]
+    assert composed["kept"] <= 36
+    assert {one["layer"] for one in found["evidence"]} == {0, 3}
+    assert len(found["evidence"][0]["only"]) == 144
+    assert len(found["horizons"][0]["loss"]) == 6
+    pairs = {(one["first"], one["second"]) for one in found["overlaps"]}
+    assert ("fastv K=2 50%", "random 50%") in pairs
+    assert all(0 <= one["jaccard"] <= 1 for one in found["overlaps"])
+
+
+def test_it_ends_by_saying_where_and_what_next(folder: Path) -> None:
+    printed = (folder / "printed.txt").read_text()
+    assert "fastv K=2 11%" in printed
+    assert "measurement.html" in printed
+    assert "next" in printed
+    page = (folder / "out" / "measurement.html").read_text()
+    assert "Accuracy against tokens kept" in page
+    assert page.count("<svg") == 3 + 5 + 4  # curves, maps of kept tokens, maps of evidence
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "x", "0.5,,-1", "nan"])
+def test_budgets_that_are_none_are_refused(folder: Path, value: str) -> None:
+    done = CliRunner().invoke(app, ["measure", str(folder / "clean.yaml"), "--retention", value])
+    assert isinstance(done.exception, RedteamError)
+    assert "--retention" in str(done.exception)
