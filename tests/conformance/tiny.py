@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import weights
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -18,7 +19,30 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from targets.compression import DivPrune, FastV, Random, Uniform, VisionZip
+from targets.compression import (
+    CDPruner,
+    DivPrune,
+    Explainability,
+    FasterVLM,
+    FastV,
+    Grid,
+    HiPrune,
+    HiRED,
+    Pool,
+    PruMerge,
+    PyramidDrop,
+    QueCC,
+    Random,
+    SparseVLM,
+    TokenFLEX,
+    TransPrune,
+    Uniform,
+    VASparse,
+    VisionDrop,
+    VisionZip,
+    VisPruner,
+    ZooPrune,
+)
 from targets.compression.base import Compressor
 
 SIZE, PATCH = 48, 8
@@ -48,6 +72,34 @@ COMPRESSORS: dict[str, Compressor] = {
     "random": Random(keep_tokens=QUARTER),
     "random inside": Random(layer=2, keep_tokens=QUARTER),
     "uniform": Uniform(keep_tokens=QUARTER),
+    "grid": Grid(keep_tokens=QUARTER),
+    "pool": Pool(keep_tokens=QUARTER),
+    "pool max kept": Pool(keep_tokens=QUARTER, kind="max", positions="keep"),
+    "fastervlm": FasterVLM(keep_tokens=QUARTER),
+    "vispruner": VisPruner(keep_tokens=QUARTER),
+    "vispruner kept": VisPruner(keep_tokens=QUARTER, important=0.75, positions="keep"),
+    "prumerge": PruMerge(keep_tokens=QUARTER),
+    "prumerge plus kept": PruMerge(keep_tokens=QUARTER, plus=True, positions="keep"),
+    "hired": HiRED(keep_tokens=QUARTER),
+    "hiprune": HiPrune(keep_tokens=QUARTER, alpha=0.6, object_layer=0),
+    "cdpruner": CDPruner(keep_tokens=QUARTER),
+    "zoo_prune": ZooPrune(keep_tokens=QUARTER, directions=4),
+    "zoo_prune exact": ZooPrune(keep_tokens=QUARTER, directions=4, estimate="jvp"),
+    "pyramiddrop": PyramidDrop(keep_tokens=QUARTER),
+    "pyramiddrop kept": PyramidDrop(keep_tokens=QUARTER, positions="keep"),
+    "sparsevlm": SparseVLM(keep_tokens=QUARTER),
+    "sparsevlm kept": SparseVLM(keep_tokens=QUARTER, positions="keep"),
+    "sparsevlm plus": SparseVLM(keep_tokens=QUARTER, variant="v2.0"),
+    "transprune": TransPrune(keep_tokens=QUARTER),
+    "visiondrop": VisionDrop(keep_tokens=QUARTER),
+    "visiondrop kept": VisionDrop(keep_tokens=QUARTER, positions="keep"),
+    "vasparse": VASparse(keep_tokens=QUARTER),
+    "vasparse summed": VASparse(keep_tokens=QUARTER, aggregate="sum", positions="reindex"),
+    "explainability": Explainability(keep_tokens=QUARTER, weights=weights.folder("explainability")),
+    "quecc": QueCC(keep_tokens=QUARTER, weights=weights.folder("quecc")),
+    "quecc untrained": QueCC(keep_tokens=QUARTER, weights="none", positions="keep"),
+    "tokenflex": TokenFLEX(keep_tokens=QUARTER, weights=weights.folder("tokenflex")),
+    "tokenflex untrained": TokenFLEX(keep_tokens=QUARTER, weights="none", positions="keep"),
 }
 
 
