@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import made
 import pytest
 import tiny
 import torch
@@ -159,6 +160,12 @@ def by_hand(model: Any, ids: list[int], pixels: Tensor, one: Compressor, kept: T
         places = list(range(first, first + len(merged)))
     hidden = model.get_input_embeddings()(row)
     hidden[0, first : first + tiny.TOKENS] = model.model.multi_modal_projector(features)
+    if one.name in made.METHODS:
+        side, length = tiny.SIZE // tiny.PATCH, len(ids) - STEPS + 1
+        tokens, sources = made.made_by_hand(model, ids, pixels, one, side, length)
+        hidden[0, first : first + len(tokens)] = tokens
+        positions[first : first + len(tokens)] = [first + source for source in sources]
+        places = list(range(first, first + len(tokens)))
     survive = [*range(first), *places, *range(first + tiny.TOKENS, len(ids))]
     for number, layer in enumerate(text.layers):
         if number == (one.prunes_at or 0):
