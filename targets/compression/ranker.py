@@ -170,9 +170,11 @@ class Ranker:
         return one
 
     def _choose(self, cut: Cut, seen: Seen) -> tuple[Scores, Selection]:
-        forced = self.forced
-        if forced is not None and not isinstance(forced, Tensor):
-            forced = forced_at(forced, [c for c in self.cuts if c.drops].index(cut))
+        forced, number = self.forced, [c for c in self.cuts if c.drops].index(cut)
+        if isinstance(forced, Tensor) and number > 0:
+            forced = seen.valid  # the set was imposed at the first cut; merging has moved places
+        elif forced is not None and not isinstance(forced, Tensor):
+            forced = forced_at(forced, number)
         return choose(_owner(cut), seen, forced)
 
     def _seen(

@@ -456,8 +456,8 @@ def compress(
         mode: ``hard`` drops tokens; ``masked`` keeps them but lets nobody attend to them, the
             debugging twin of ``hard``; ``observe`` ranks and drops nothing; ``rank`` ranks and
             stops the forward there with `RankingReached`. The last two know the first cut only.
-        kept: selection to impose, bool ``[I, V]`` (at every cut) or `Selection`; scores are still
-            computed.
+        kept: selection to impose: bool ``[I, V]``, at the first cut, and later ones drop nothing;
+            or a `Selection` for all cuts. Scores are still computed.
         seeds: one per batch row, for compressors that draw; None is 0 for all.
         answer_columns: trailing columns that are not prompt (teacher forcing); the last prompt
             token is the one before them.

@@ -172,7 +172,7 @@ def _imposed(compressor: Compressor, seen: Seen, scores: Scores, forced: Forced)
 
 
 def forced_at(forced: Forced, number: int) -> Selection:
-    """The selection imposed at a cut; a bare set is imposed at every one.
+    """The selection imposed at a cut.
 
     Raises:
         CompressionError: if it comes from a compressor with fewer cuts.
