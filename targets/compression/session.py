@@ -101,9 +101,14 @@ class CompressionSession:
         self._remove()
 
     def gather_labels(self, labels: Tensor) -> Tensor:
-        """Labels ``[B, L]`` of the full sequence for the columns that reach the logits."""
-        index = self._groups[max(self._groups)].index if self._groups else None
-        return labels if index is None else labels.gather(1, index)
+        """Labels ``[B, L]`` of the full sequence for the columns that reach the logits.
+
+        Columns that only even the rows out get −100, which losses ignore.
+        """
+        last = self._groups[max(self._groups)] if self._groups else None
+        if last is None or last.index is None:
+            return labels
+        return labels.gather(1, last.index).masked_fill(last.mask == 0, -100)
 
     def _make_tap(self) -> VisionTap | None:
         if not any(one.sees_tower and one.stage is not Stage.TOWER for one in self._parts):
@@ -272,7 +277,10 @@ class CompressionSession:
         merged: Merged | None = None
         if cut.stage is Stage.TOWER:
             merged = self._emerged
-        elif not torch.equal(kept & slots.alive, slots.alive):
+        elif torch.equal(kept & slots.alive, slots.alive):
+            state.trace.survive(slots, kept, None)
+            return group, hidden
+        else:
             merged = owner.merge(one.selection, one.seen)
         state.trace.survive(slots, kept, merged)
         if merged is not None:

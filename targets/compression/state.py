@@ -202,9 +202,11 @@ def cut(
     alive = slots.spread((slots.alive & kept).long(), length, rows).bool()
     separate = torch.zeros_like(slots.separators) if by.drops_separators else slots.separators
     keep = ~dead | alive | separate
-    # What was dead before stays dead; it may still stand at the left to even the rows out.
     live = keep & old.mask.bool()
-    index = None if masked else columns_kept(live if old.index is not None else keep)
+    # What stands before the first living column evens the rows out and need not be carried along;
+    # padding behind (of answers) has to stay where it is.
+    begun = live.long().cumsum(1) > 0
+    index = None if masked else columns_kept(keep & begun)
     bias = old.bias
     if gate is not None:
         fresh = slots.spread(gate, length, rows)
