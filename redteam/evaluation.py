@@ -49,12 +49,14 @@ class Reply:
         kept: what the compressor kept and how it ranked; None without one.
         selection: the same in the target's own form, to be forced upon another image.
         seconds: this sample's share of the batch.
+        left: visual tokens in the last layer of the language model; None without compression.
     """
 
     answer: Answer
     kept: Kept | None
     selection: Selection | None
     seconds: float
+    left: int | None = None
 
 
 Replies = dict[int, Reply | Failure]
@@ -198,4 +200,5 @@ def _reply(answered: Answered, row: int, sample: Sample) -> Reply:
         kept=kept,
         selection=answered.selection[row] if answered.selection is not None else None,
         seconds=answered.seconds / len(answered.texts),
+        left=None if answered.left is None else int(answered.left[row]),
     )

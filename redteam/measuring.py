@@ -192,6 +192,7 @@ class _Target:
             agrees=None
             if one is None
             else sum(good[i].answer.text == full[i].answer.text for i in both),
+            left=_mean([sizes[i] if r.left is None else r.left for i, r in good.items()]),
             kept=_mean([kept[i].sum() if i in kept else sizes[i] for i in good]),
             tokens=_mean(list(sizes.values())),
             evidence_kept=self._evidence_kept(shots, kept),
@@ -328,7 +329,7 @@ def _speed(runs: Sequence[Pace]) -> Speed:
     rows = runs[0].rows
 
     def middle(name: str) -> float:
-        return statistics.median(getattr(run, name) for run in runs) * 1000
+        return 1000 * float(statistics.median(getattr(run, name) for run in runs))
 
     return Speed(
         rows=rows,

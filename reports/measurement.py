@@ -52,8 +52,10 @@ class Setting(_Record):
     right: int
     agrees: int | None = None
     """Answers equal to those with all tokens, right or wrong (loyalty); None for all tokens."""
+    left: float
+    """Visual tokens in the last layer of the language model, merged ones included; mean."""
     kept: float
-    """Visual tokens left after the last cut, mean over samples; merged ones not counted."""
+    """Visual tokens left as themselves after the last cut; mean over samples."""
     tokens: float
     """Visual tokens of a picture, mean over samples."""
     evidence_kept: float | None = None
@@ -136,13 +138,13 @@ class Measurement(_Record):
             if one.compression and one.n:
                 methods.setdefault(one.method, []).append(one)
         for method, settings in methods.items():
-            yield method, sorted(settings, key=lambda one: -one.kept)
+            yield method, sorted(settings, key=lambda one: -one.left)
 
     def practical(self, target: str, method: str) -> Setting | None:
         """The setting at K_prac of a method (`PRACTICAL_FORMULA`); None if none qualifies."""
         bar = PRACTICAL * self.full(target).accuracy
         fit = [one for one in self.of(target) if one.method == method and one.accuracy >= bar]
-        return min(fit, key=lambda one: one.kept, default=None)
+        return min(fit, key=lambda one: one.left, default=None)
 
 
 Bounds = tuple[float, float]
@@ -186,7 +188,7 @@ def rows(measurement: Measurement, target: str) -> Iterator[Sequence[str]]:
         relative = base.speed
         yield (
             one.compression or "all tokens",
-            f"{one.kept:.4g} of {one.tokens:.4g}",
+            f"{one.left:.4g} of {one.tokens:.4g}",
             "–" if speed is None else f"{sum(speed.visual) / max(1, len(speed.visual)):.4g}",
             "error" if not one.n else f"{one.accuracy:.3f} [{low:.2f}, {high:.2f}]",
             "–" if one.agrees is None or not one.n else f"{one.agrees / one.n:.3f}",
@@ -203,7 +205,7 @@ def rows(measurement: Measurement, target: str) -> Iterator[Sequence[str]]:
 
 COLUMNS: Final[Annotated[Sequence[str], "header of `rows`"]] = (
     "compression",
-    "kept",
+    "tokens left",
     "layer average",
     "accuracy [95 %]",
     "agrees",

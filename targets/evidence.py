@@ -60,7 +60,7 @@ def evidence_map(
     each = torch.eye(tokens, dtype=torch.bool, device=target.device)
 
     def probability(sets: Tensor) -> Tensor:
-        parts = sets.split(batch)
+        parts = torch.split(sets, batch)
         return torch.cat([_probability(target, image, question, answer, layer, s) for s in parts])
 
     full = target.answer_logprob(image, [question], [answer]).exp()

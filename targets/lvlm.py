@@ -36,6 +36,8 @@ class Answered:
             compressor. Of merging compressors these are the ones taken over as they are.
         score: ``[B, V]``, what the first cut chose by; None without a compressor.
         seconds: wall time of the whole batch.
+        left: ``[B]`` visual tokens in the last layer of the language model, merged ones included;
+            None without a compressor.
         selection: B selections that `LVLM.answer` takes back as `kept`; None without a compressor.
     """
 
@@ -44,6 +46,7 @@ class Answered:
     score: Tensor | None
     seconds: float
     selection: tuple[Selection, ...] | None = None
+    left: Tensor | None = None
 
 
 class LVLM:
@@ -174,7 +177,9 @@ class LVLM:
             return Answered(texts, None, None, seconds)
         selection = session.trace.selection
         rows = tuple(selection.row(index) for index in range(len(texts)))
-        return Answered(texts, session.trace.kept, session.trace.score, seconds, rows)
+        trace = session.trace
+        left = trace.tokens[max(trace.tokens)] if trace.tokens else None
+        return Answered(texts, trace.kept, trace.score, seconds, rows, left)
 
     def option_scores(
         self,

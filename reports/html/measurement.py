@@ -55,7 +55,7 @@ def _target(found: Measurement, target: str) -> dict[str, Any]:
         "rows": list(records.rows(found, target)),
         "plots": [_plot(full, method, settings, control, found) for method, settings in curves],
         "maps": [
-            {"name": one.compression, "kept": one.kept, "svg": heat(one.grid, one.frequency)}
+            {"name": one.compression, "svg": heat(one.grid, one.frequency)}
             for one in found.of(target)
             if one.compression and one.grid and one.frequency
         ],
@@ -100,7 +100,7 @@ def _plot(
     return {
         "name": method,
         "svg": _curve(full, settings, control if method != "random" else ()),
-        "practical": None if best is None else f"K_prac {best.kept:.4g}",
+        "practical": None if best is None else f"K_prac {best.left:.4g}",
     }
 
 
@@ -125,14 +125,14 @@ def _curve(full: Setting, settings: Sequence[Setting], control: Sequence[Setting
 
 def _line(full: Setting, settings: Sequence[Setting], style: str) -> list[Markup]:
     points = [(1.0, full.accuracy)] if settings else []
-    points += [(one.kept / max(1.0, one.tokens), one.accuracy) for one in settings]
+    points += [(one.left / max(1.0, one.tokens), one.accuracy) for one in settings]
     parts = []
     for (x1, y1), (x2, y2) in itertools.pairwise(points):
         parts.append(
             tag("line", x1=_x(x1), y1=_y(y1), x2=_x(x2), y2=_y(y2), class_=f"curve {style}")
         )
     for one in settings:
-        x, (low, high) = _x(one.kept / max(1.0, one.tokens)), accuracy_interval(one)
+        x, (low, high) = _x(one.left / max(1.0, one.tokens)), accuracy_interval(one)
         parts.append(tag("line", x1=x, x2=x, y1=_y(low), y2=_y(high), class_=f"span {style}"))
         parts.append(tag("circle", cx=x, cy=_y(one.accuracy), r=3, class_=f"dot {style}"))
     return parts

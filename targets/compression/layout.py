@@ -131,7 +131,7 @@ def find_slots(image_mask: Tensor, layouts: Sequence[Layout]) -> ImageSlots | No
     width = max(one.tokens for one in layouts)
     rows, columns, alive = [], [], []
     separators = torch.zeros_like(image_mask)
-    for part, one in zip(hits.split(wanted), layouts, strict=True):
+    for part, one in zip(torch.split(hits, wanted), layouts, strict=True):
         if bool((part[:, 0] != part[0, 0]).any()):
             raise CompressionError(
                 f"the {one.placeholders} placeholders of an image are spread over several rows: "

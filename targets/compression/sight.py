@@ -79,7 +79,9 @@ class TextSight:
         columns = (~rows).long().argsort(dim=1, stable=True)[:, :width]
         real = torch.arange(width, device=rows.device) < count[:, None]
         total = torch.zeros((), device=keys.device)
-        for here, counts in zip(columns.split(chunk, 1), real.split(chunk, 1), strict=True):
+        for here, counts in zip(
+            torch.split(columns, chunk, 1), torch.split(real, chunk, 1), strict=True
+        ):
             paid = self._pay(here, keys, rope)
             total = total + (paid * counts[:, None, :, None]).sum(2)
         mean = total / count.clamp_min(1)[:, None, None]

@@ -64,7 +64,7 @@ class Llava(Family):
 
     def fixed_tokens(self) -> int:
         """The grid."""
-        return self.grid[0] * self.grid[1]
+        return int(self.grid[0] * self.grid[1])
 
     def refuses(self, compressor: Compressor) -> str | None:
         """Nothing: one picture is one run of a tower without windows."""

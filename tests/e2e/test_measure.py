@@ -71,6 +71,7 @@ def test_every_setting_is_measured(folder: Path) -> None:
     assert sum(half["frequency"]) == pytest.approx(72, abs=0.1)
     composed = found["settings"][-1]
     assert composed["speed"]["visual"] == [72, 72, 36, 36, 36, 36]
+    assert composed["left"] == 36
     assert composed["kept"] <= 36
     assert {one["layer"] for one in found["evidence"]} == {0, 3}
     assert len(found["evidence"][0]["only"]) == 144
