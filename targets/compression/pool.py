@@ -64,31 +64,27 @@ class Pool(Compressor):
     def score(self, seen: Seen) -> Scores:
         """1 for tokens in the middle of a cell, else 0, ``[I, V]``."""
         plan = Thinning.of(seen)
-        chosen = plan.tiles.join(plan.centres())
+        middle, real = _middles(plan)
+        chosen = torch.zeros_like(middle).new_zeros(plan.tiles.present.shape)
+        chosen = plan.tiles.join(chosen.scatter_add(1, middle, real.long())) > 0
         score = chosen.float()
         return Scores(score, standardised(score, seen.valid), chosen=chosen)
 
     def merge(self, selection: Selection, seen: Seen) -> Merged:
-        """The coarser grids of all tiles, ``[I, S, D]``, in reading order of each tile."""
-        del selection
+        """The coarser grids of all tiles, ``[I, S, D]``, in reading order of each tile.
+
+        With a forced selection, of cells whose middle it keeps.
+        """
         plan = Thinning.of(seen)
         hidden = plan.tiles.split(seen.features.masked_fill(~seen.valid[..., None], 0))
-        number = len(plan.shapes)
-        width = max(1, *(rows * columns for rows, columns in plan.shapes))
-        made = hidden.new_zeros(number, width, hidden.shape[2])
-        real = torch.zeros(number, width, dtype=torch.bool, device=hidden.device)
-        source = torch.zeros(number, width, dtype=torch.long, device=hidden.device)
-        for key in sorted(set(zip(plan.spans, plan.shapes, strict=True))):
-            span, shape = key
-            if shape[0] == 0:
-                continue
-            pairs = enumerate(zip(plan.spans, plan.shapes, strict=True))
-            group = torch.tensor([tile for tile, one in pairs if one == key], device=hidden.device)
-            cells = shape[0] * shape[1]
-            pooled, filled, middle = self._pooled(hidden, plan, group, span, shape)
-            made = made.index_put((group[:, None], _upto(cells, group)), pooled)
-            real[group, :cells], source[group, :cells] = filled, middle
-        return _in_images(made, real, plan.tiles.places.gather(1, source), seen, plan)
+        middle, real = _middles(plan)
+        made = hidden.new_zeros(*middle.shape, hidden.shape[2])
+        for group, span, shape in plan.alike():
+            pooled = self._pooled(hidden[group], plan, group, span, shape)
+            index = torch.arange(pooled.shape[1], device=group.device)
+            made = made.index_put((group[:, None], index), pooled)
+        real = real & plan.tiles.split(selection.kept).gather(1, middle)
+        return _in_images(made, real, plan.tiles.places.gather(1, middle), seen, plan)
 
     def _pooled(
         self,
@@ -97,18 +93,13 @@ class Pool(Compressor):
         group: Tensor,
         span: tuple[int, int],
         shape: tuple[int, int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cells ``[g, C, D]`` of tiles that are alike, which have tokens, and the middle one's."""
-        present, width = plan.tiles.present[group], hidden.shape[2]
-        flat = plan.row[group] * span[1] + plan.column[group]
-        area = span[0] * span[1]
-        # Absent tokens are put behind the rectangle, and cut off.
-        flat = flat.masked_fill(~present, area)
-        index = (torch.arange(len(group), device=hidden.device)[:, None], flat)
-        grid = precise(hidden).new_zeros(len(group), area + 1, width)
-        grid = grid.index_put(index, precise(hidden[group]))[:, :area]
+    ) -> Tensor:
+        """Cells ``[g, C, D]`` of tiles that are alike; 0 where a cell has no token."""
+        index, area = plan.spread(group, span), span[0] * span[1]
+        grid = precise(hidden).new_zeros(len(group), area + 1, hidden.shape[2])
+        grid = grid.index_put(index, precise(hidden))[:, :area]
         full = grid.new_zeros(len(group), area + 1).index_put(index, grid.new_ones(()))[:, :area]
-        values = grid.transpose(1, 2).reshape(len(group), width, *span)
+        values = grid.transpose(1, 2).reshape(len(group), -1, *span)
         holds = full.reshape(len(group), 1, *span)
         share = functional.adaptive_avg_pool2d(holds, shape)
         if self.kind == "average":
@@ -117,13 +108,24 @@ class Pool(Compressor):
             lowest = torch.finfo(values.dtype).min
             cells = functional.adaptive_max_pool2d(values.masked_fill(holds == 0, lowest), shape)
             cells = cells.masked_fill(share == 0, 0)
-        middle = _nearest(plan.row[group], plan.column[group], present, span, shape)
-        pooled = cells.flatten(2).transpose(1, 2).to(hidden.dtype)
-        return pooled, share.flatten(1) > 0, middle
+        return cells.flatten(2).transpose(1, 2).to(hidden.dtype)
 
 
-def _upto(cells: int, group: Tensor) -> Tensor:
-    return torch.arange(cells, device=group.device).expand(len(group), cells)
+def _middles(plan: Thinning) -> tuple[Tensor, Tensor]:
+    """The token nearest to the middle of each cell, ``[G, C]``, and which cells have tokens."""
+    number = len(plan.shapes)
+    width = max(1, *(rows * columns for rows, columns in plan.shapes))
+    middle = torch.zeros(number, width, dtype=torch.long, device=plan.row.device)
+    real = torch.zeros(number, width, dtype=torch.bool, device=plan.row.device)
+    for group, span, shape in plan.alike():
+        cells, area = shape[0] * shape[1], span[0] * span[1]
+        full = torch.zeros(len(group), area + 1, device=group.device)
+        full = full.index_put(plan.spread(group, span), full.new_ones(()))[:, :area]
+        share = functional.adaptive_avg_pool2d(full.reshape(len(group), 1, *span), shape)
+        real[group, :cells] = share.flatten(1) > 0
+        present = plan.tiles.present[group]
+        middle[group, :cells] = _nearest(plan.row[group], plan.column[group], present, span, shape)
+    return middle, real
 
 
 def _nearest(

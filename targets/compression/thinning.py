@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,19 @@ class Thinning:
             for span, count in zip(spans, wanted, strict=True)
         )
         return Thinning(tiles, row, column, spans, shapes)
+
+    def alike(self) -> Iterator[tuple[Tensor, tuple[int, int], tuple[int, int]]]:
+        """Indices of tiles with one span and one coarser grid, and these; empty ones left out."""
+        pairs = tuple(zip(self.spans, self.shapes, strict=True))
+        for key in sorted({pair for pair in pairs if pair[1][0] > 0}):
+            found = [index for index, pair in enumerate(pairs) if pair == key]
+            yield torch.tensor(found, device=self.row.device), *key
+
+    def spread(self, group: Tensor, span: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Where the tokens of some tiles go in ``[g, area + 1]``; absent ones go to the end."""
+        flat = self.row[group] * span[1] + self.column[group]
+        flat = flat.masked_fill(~self.tiles.present[group], span[0] * span[1])
+        return torch.arange(len(group), device=flat.device)[:, None], flat
 
     def centres(self) -> Tensor:
         """Present tokens in the middle of a cell, bool ``[G, W]``."""

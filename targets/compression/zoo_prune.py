@@ -34,7 +34,7 @@ class ZooPrune(Compressor):
     Args:
         estimate: ``difference`` is the published estimate; ``jvp`` its limit for h → 0,
             ``mean_j |J_i u_j|`` with J_i the projector's Jacobian, by forward-mode
-            differentiation: exact, with clean gradients, and fit for half precision.
+            differentiation: exact, with clean gradients.
         directions: m, ≥ 1.
         step: h, > 0, in units of the features.
         seed: of the directions.
@@ -47,7 +47,8 @@ class ZooPrune(Compressor):
 
     *Differs from the paper in …*: written from a description, without the authors' code
     [secondary]. Directions are the same for all images. Where tokens are groups of patches, the
-    group's features are moved. Tiles of a picture are one set of tokens [inferred], and projectors
+    group's features are moved. The projector of a model in half precision runs in float32 for the
+    sensitivity. Tiles of a picture are one set of tokens [inferred], and projectors
     are not made low-rank for them. The score is ours, the paper has none: ``S_i`` times the
     distance at which a token was or would be chosen (for the first, that to the farthest token).
     The sensitivity is live in the features; the greedy order is not.
@@ -68,16 +69,6 @@ class ZooPrune(Compressor):
         """Before the projector."""
         return Stage.VISION
 
-    def refuses(self, family: Family) -> str | None:
-        """Differences drown in the rounding of half precision."""
-        if self.estimate == "difference" and family.dtype in (torch.float16, torch.bfloat16):
-            return (
-                f"the weights are {str(family.dtype).removeprefix('torch.')}, in which differences "
-                f"over a step of {self.step} are lost in rounding; give estimate: jvp, or load the "
-                "model in float32"
-            )
-        return None
-
     def score(self, seen: Seen) -> Scores:
         """Sensitivity times the distance at which a token was or would be chosen, ``[I, V]``."""
         sensitivity = _scaled(self.sensitivity(seen), seen.valid)
@@ -97,9 +88,9 @@ class ZooPrune(Compressor):
         """
         if seen.family is None:
             raise CompressionError("zoo_prune needs the model's projector")
-        project = seen.family.project_tokens
-        features = seen.features.masked_fill(~seen.valid[..., None], 0)
-        total = features.new_zeros(features.shape[:2], dtype=precise(features).dtype)
+        project = _Projection(seen.family).exactly
+        features = precise(seen.features).masked_fill(~seen.valid[..., None], 0)
+        total = features.new_zeros(features.shape[:2])
         generator = torch.Generator().manual_seed(self.seed % 2**63)
         for _ in range(self.directions):
             direction = torch.randn(features.shape[-1], generator=generator).to(features)
@@ -109,7 +100,7 @@ class ZooPrune(Compressor):
             else:
                 moved = self.step * direction
                 change = (project(features + moved) - project(features - moved)) / (2 * self.step)
-            total = total + precise(change).norm(dim=-1)
+            total = total + change.norm(dim=-1)
         return (total / self.directions).masked_fill(~seen.valid, 0)
 
     def _projected(self, seen: Seen) -> Tensor:
@@ -134,6 +125,31 @@ class ZooPrune(Compressor):
             gap = torch.minimum(gap, gather_rows(distance, chosen).squeeze(1))
             worth = sensitivity * gap
         return torch.cat(order, 1)
+
+
+class _Projection(torch.nn.Module):
+    """A family's way from features to tokens as a module around its projector."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.projector = family.projector
+        self._family = family
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Token features ``[…, r · D]`` to the width of the language model."""
+        return self._family.project_tokens(features)
+
+    def exactly(self, features: Tensor) -> Tensor:
+        """The same with weights in the dtype of the features, which need not be the model's.
+
+        Small differences drown in the rounding of half precision.
+        """
+        state = dict(self.named_parameters())
+        if all(value.dtype == features.dtype for value in state.values()):
+            return self._family.project_tokens(features)
+        wide = {name: value.to(features.dtype) for name, value in state.items()}
+        made: Tensor = torch.func.functional_call(self, wide, (features,))
+        return made
 
 
 def _scaled(values: Tensor, valid: Tensor) -> Tensor:
