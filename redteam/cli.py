@@ -234,13 +234,25 @@ def report(run_folder: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Check this installation and say how to mend it."""
+def doctor(
+    scenario: Annotated[
+        str | None,
+        typer.Argument(help="Also check what this scenario needs.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    device: Device = None,
+) -> None:
+    """Check this installation, or what a scenario needs, and say how to mend it."""
     from redteam.doctor import examine
     from redteam.output import show_findings
 
     _quieten()
-    raise typer.Exit(show_findings(examine()))
+    if scenario is None:
+        raise typer.Exit(show_findings(examine()))
+    checked = _load(scenario, overrides, device=device)
+    from redteam.doctor_scenario import examine_scenario
+
+    raise typer.Exit(show_findings([*examine(), *examine_scenario(checked)]))
 
 
 @app.command()

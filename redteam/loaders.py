@@ -69,7 +69,9 @@ class CheckpointTarget:
     Args:
         model: folder (relative to the scenario file) or hub id.
         revision: commit, tag or branch of a hub id; pin a commit for results that last.
-        dtype: of the weights.
+        dtype: of the weights; ``auto`` is bfloat16 on a GPU that has it, else float32.
+        device_map: ``single`` device, ``balanced`` over all GPUs, or ``auto``: balanced only where
+            one GPU has too little free memory.
         attn_implementation: ``auto`` is flash_attention_2 where it runs, else sdpa.
         trust_remote_code: run Python code that comes with the checkpoint.
     """
@@ -85,7 +87,8 @@ class CheckpointTarget:
 
     model: str
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device_map: Literal["auto", "single", "balanced"] = "auto"
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
 
@@ -102,6 +105,7 @@ class CheckpointTarget:
             revision=self.revision,
             device=device,
             dtype=self.dtype,
+            device_map=self.device_map,
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )

@@ -49,17 +49,47 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype by name.
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device | None = None) -> torch.dtype:
+    """A dtype by name; ``auto`` is bfloat16 on a GPU of compute capability ≥ 8, else float32.
 
     Raises:
-        TargetError: for another than float32, bfloat16, float16.
+        TargetError: for another than auto, float32, bfloat16, float16.
     """
+    if dtype == "auto":
+        fast = device is not None and device.type == "cuda"
+        fast = fast and torch.cuda.get_device_capability(device)[0] >= _AMPERE
+        return torch.bfloat16 if fast else torch.float32
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if str(dtype) not in DTYPES:
-        raise TargetError(f"dtype {dtype!r} is not supported; one of {', '.join(DTYPES)}")
+        raise TargetError(f"dtype {dtype!r} is not supported; one of auto, {', '.join(DTYPES)}")
     return DTYPES[str(dtype)]
+
+
+def spreads(device_map: str, source: str | Path, device: torch.device) -> bool:
+    """Whether a model is spread over all GPUs.
+
+    Args:
+        device_map: ``single``, ``balanced``, or ``auto``: only where a local folder's weights are
+            larger than what is free on the device.
+        source: local folder or hub id.
+        device: where it would be otherwise.
+
+    Raises:
+        TargetError: for another word, or ``balanced`` without several GPUs.
+    """
+    if device_map not in ("auto", "single", "balanced"):
+        raise TargetError(f"device_map {device_map!r} is unknown; one of auto, single, balanced")
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device_map == "balanced" and count < 2:
+        raise TargetError(
+            f"device_map balanced needs several GPUs, torch sees {count}; use single or auto"
+        )
+    if device_map != "auto" or count < 2:
+        return device_map == "balanced"
+    folder = Path(source).expanduser()
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return weights > torch.cuda.mem_get_info(device)[0]
 
 
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -108,6 +138,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     attention: str,
+    spread: bool,
     trust_remote_code: bool,
 ) -> tuple[Any, Any]:
     """The model (frozen, evaluation mode) and its processor.
@@ -132,6 +163,7 @@ def load(
             use_safetensors=True,
             dtype=dtype,
             attn_implementation=attention,
+            **({"device_map": "balanced"} if spread else {}),
             **common,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -139,7 +171,9 @@ def load(
             f"model {source!s} could not be loaded"
             f"{'' if revision is None else f' at revision {revision}'}: {error}"
         ) from error
-    model.to(device).eval().requires_grad_(False)
+    if not spread:
+        model.to(device)
+    model.eval().requires_grad_(False)
     return model, processor
 
 
@@ -174,8 +208,9 @@ def identity(source: str | Path, model: Any, revision: str | None) -> dict[str, 
         "class": type(model).__name__,
         "model_type": str(config.model_type),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": str(config.text_config._attn_implementation),
-        "vision_attention": str(config.vision_config._attn_implementation),
+        "attention": _attention(config, "text_config"),
+        "vision_attention": _attention(config, "vision_config"),
+        "device_map": "balanced" if getattr(model, "hf_device_map", None) else "single",
     }
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -187,6 +222,10 @@ def identity(source: str | Path, model: Any, revision: str | None) -> dict[str, 
         commit = getattr(config, "_commit_hash", None) or revision
         found["revision"] = "unknown" if commit is None else str(commit)
     return found
+
+
+def _attention(config: Any, part: str) -> str:  # noqa: ANN401 - of transformers
+    return str(getattr(getattr(config, part, config), "_attn_implementation", "unknown"))
 
 
 def _digest(folder: Path, patterns: tuple[str, ...]) -> str:

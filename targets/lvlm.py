@@ -88,6 +88,7 @@ class LVLM:
         revision: str | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
+        device_map: str = "single",
         attn_implementation: str = "auto",
         trust_remote_code: bool = False,
     ) -> LVLM:
@@ -97,7 +98,8 @@ class LVLM:
             source: local folder or hub id.
             revision: commit, tag or branch of a hub id.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
-            dtype: ``float32``, ``bfloat16`` or ``float16``.
+            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+            device_map: ``single``, ``balanced`` (over all GPUs) or ``auto``.
             attn_implementation: ``auto`` (flash_attention_2 where it runs, else sdpa), ``eager``,
                 ``sdpa`` or ``flash_attention_2``.
             trust_remote_code: run code that comes with the checkpoint; off unless asked for.
@@ -105,7 +107,8 @@ class LVLM:
         Raises:
             TargetError: if it cannot be loaded as asked; the message says why.
         """
-        place, kind = loading.resolve_device(device), loading.resolve_dtype(dtype)
+        place = loading.resolve_device(device)
+        kind = loading.resolve_dtype(dtype, place)
         attention = loading.resolve_attention(attn_implementation, place, kind)
         model, processor = loading.load(
             source,
@@ -113,6 +116,7 @@ class LVLM:
             device=place,
             dtype=kind,
             attention=attention,
+            spread=loading.spreads(device_map, source, place),
             trust_remote_code=trust_remote_code,
         )
         return cls(model, processor, loading.identity(source, model, revision))

@@ -228,20 +228,27 @@ class Family(ABC):
             ``[B, N, n, E]``.
         """
         attention = self.layers[layer].self_attn
+        here, (hidden, *turn) = hidden.device, self._at(layer, hidden, *rope)
         normed = self.layers[layer].input_layernorm(hidden)
         keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
         if hasattr(attention, "k_norm"):
             keys = attention.k_norm(keys)
-        cosine, sine = (part.unsqueeze(1) for part in rope)
+        cosine, sine = (part.unsqueeze(1) for part in turn)
         keys = rotate(keys.transpose(1, 2), cosine, sine)
         heads = attention.q_proj.out_features // attention.head_dim
-        return keys.repeat_interleave(heads // keys.shape[1], dim=1)
+        return keys.repeat_interleave(heads // keys.shape[1], dim=1).to(here)
+
+    def _at(self, layer: int, *values: Tensor) -> list[Tensor]:
+        """Values on the device of a layer; models may be spread over several."""
+        home = self.layers[layer].self_attn.q_proj.weight.device
+        return [value.to(home) for value in values]
 
     def text_queries(
         self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], columns: Tensor
     ) -> Tensor:
         """Queries of some columns ``[B, R]`` after rotary embedding, ``[B, N, R, E]``."""
         attention = self.layers[layer].self_attn
+        here, (hidden, columns, *turn) = hidden.device, self._at(layer, hidden, columns, *rope)
         picked = hidden.gather(1, columns[..., None].expand(*columns.shape, hidden.shape[-1]))
         normed = self.layers[layer].input_layernorm(picked)
         query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
@@ -251,9 +258,9 @@ class Family(ABC):
             part.expand(len(hidden), -1, -1).gather(
                 1, columns[..., None].expand(*columns.shape, part.shape[-1])
             )[:, None]
-            for part in rope
+            for part in turn
         ]
-        return rotate(query.transpose(1, 2), turns[0], turns[1])
+        return rotate(query.transpose(1, 2), turns[0], turns[1]).to(here)
 
     def text_scaling(self, layer: int) -> float:
         """Factor on query · key of a decoder layer."""
