@@ -61,6 +61,7 @@ class Llava(Family):
         self.grid, self.image_size = (side, side), (vision.image_size, vision.image_size)
         self.tower_depth = int(vision.num_hidden_layers)
         self.feature_layer = feature_layer_of(config.vision_feature_layer, self.tower_depth)
+        self.scaling = float(clip_layers(self.tower)[self.feature_layer].self_attn.scale)
 
     def fixed_tokens(self) -> int:
         """The grid."""
@@ -106,8 +107,7 @@ class Llava(Family):
         del inputs, layouts
         hidden = captured[self.feature_layer].hidden
         runs = whole_runs(len(hidden), hidden.shape[1] - int(self.has_cls), hidden.device)
-        scaling = float(clip_layers(self.tower)[self.feature_layer].self_attn.scale)
-        return VisionPass(captured, self.feature_layer, scaling, self.has_cls, *runs)
+        return VisionPass(captured, self.feature_layer, self.scaling, self.has_cls, *runs)
 
     def run_tower(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
         """The tower alone."""

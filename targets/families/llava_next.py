@@ -14,7 +14,7 @@ from torch import Tensor
 from targets.compression.base import Compressor
 from targets.errors import CompressionError, TargetError
 from targets.families.base import Family
-from targets.families.llava import Llava, clip_layers
+from targets.families.llava import Llava
 from targets.families.vision import FeaturesReached, LayerPass, VisionPass, padded
 from targets.preprocessing.anyres import PackedLayout, Packing
 from targets.preprocessing.layout import Layout, Preprocessing
@@ -127,10 +127,9 @@ class LlavaNext(Llava):
             weights.append(torch.nn.functional.pad(one.weights, pad).to(hidden.device))
             base.append(before + one.base)
             before += len(one.shapes)
-        scaling = float(clip_layers(self.tower)[self.feature_layer].self_attn.scale)
         places, present = padded(parts)
         runs_of_base = torch.tensor(base, device=hidden.device)
-        common = (captured, self.feature_layer, scaling, self.has_cls)
+        common = (captured, self.feature_layer, self.scaling, self.has_cls)
         self._mixes = False
         if width == 1:
             return VisionPass(*common, places, present, runs_of_base)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from targets.compression.scoring import attention_row, received_attention
 
+_TAPS = "_open_vision_taps"
+
 
 class FeaturesReached(Exception):
     """Raised inside the tower to skip the layers nobody needs."""
@@ -145,12 +147,12 @@ class VisionTap:
     """Hooks that capture layers of a tower in every run.
 
     Values of the first run through a layer are kept, so a replay under gradient checkpointing
-    changes nothing.
+    changes nothing. One that stops lets the tower run as far as any other open tap listens.
 
     Args:
         tower: the vision tower; its start begins a new capture.
         layers: by number, those to capture.
-        stop: raise `FeaturesReached` behind the last of them.
+        stop: raise `FeaturesReached` behind the last of them, and of those of other open taps.
     """
 
     def __init__(
@@ -177,13 +179,18 @@ class VisionTap:
 
     def __enter__(self) -> VisionTap:
         self._handles = [self._tower.register_forward_pre_hook(self._begin)]
-        last = max(self._layers)
         for number, one in self._layers.items():
             self._handles += [
                 one.query.register_forward_hook(self._keep(number, "query")),
                 one.key.register_forward_hook(self._keep(number, "key")),
-                one.layer.register_forward_hook(self._keep(number, "hidden", last=number == last)),
+                one.layer.register_forward_hook(self._keep(number, "hidden")),
             ]
+        taps = self._tower.__dict__.setdefault(_TAPS, [])
+        taps.append(self)
+        if self._stop:
+            # Registered behind everybody's hooks on that layer, which have seen it then.
+            every = {number: one for tap in taps for number, one in tap._layers.items()}
+            self._handles.append(every[max(every)].layer.register_forward_hook(_end))
         return self
 
     def __exit__(
@@ -195,6 +202,11 @@ class VisionTap:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        taps = self._tower.__dict__.get(_TAPS, [])
+        if self in taps:
+            taps.remove(self)
+        if not taps:
+            self._tower.__dict__.pop(_TAPS, None)
 
     def _begin(self, module: object, inputs: object) -> None:
         del module, inputs
@@ -218,6 +230,11 @@ class VisionTap:
             return found.view(*found.shape[:-1], one.heads, -1).transpose(1, 2)
 
         return LayerPass(self._seen[number, "hidden"], split("query"), split("key"))
+
+
+def _end(module: object, inputs: object, output: object) -> None:
+    del module, inputs, output
+    raise FeaturesReached
 
 
 def whole_runs(images: int, patches: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
