@@ -8,10 +8,10 @@ import slow_trained as slow
 import torch
 from torch import Tensor
 
-from targets.compression import QueCC, TokenFLEX
+from targets.compression import Pool, PruMerge, QueCC, TokenFLEX
 from targets.compression.base import Compressor
 
-METHODS = ("quecc", "tokenflex")
+METHODS = ("quecc", "tokenflex", "pool", "prumerge")
 LEVELS = (1, 2)
 """Layers of QueCC's keys and values in a tower of three layers: 12, 16, 22 and 23 of 23."""
 
@@ -31,9 +31,22 @@ def made_by_hand(
     """
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     features = hidden[-1][0, 1:]
+    if isinstance(one, PruMerge):
+        tokens, sources = _prumerge(model, hidden[-2], features, one)
+        return model.model.multi_modal_projector(tokens), sources
     count = int(one.budget(side * side) ** 0.5)
     middle = [((2 * cell + 1) * side) // (2 * count) for cell in range(count)]
     sources = [row * side + column for row in middle for column in middle]
+    if isinstance(one, Pool):
+        projected = model.model.multi_modal_projector(features).view(side, side, -1)
+        step = side // count
+        cells = [
+            projected[r : r + step, c : c + step].flatten(0, 1)
+            for r in range(0, side, step)
+            for c in range(0, side, step)
+        ]
+        pooled = [cell.mean(0) if one.kind == "average" else cell.amax(0) for cell in cells]
+        return torch.stack(pooled), sources
     if isinstance(one, TokenFLEX):
         projected = model.model.multi_modal_projector(features)
         if one.weights == "none":
@@ -49,3 +62,29 @@ def made_by_hand(
     levels = torch.cat([hidden[layer + 1][0, 1:] for layer in LEVELS], -1)
     state = one._network.state_dict()
     return slow.quecc(state, features, levels, question, side, side // count, 4)[0], sources
+
+
+def _prumerge(
+    model: Any, before: Tensor, features: Tensor, one: PruMerge
+) -> tuple[Tensor, list[int]]:
+    """Kept tokens with their likes, and the rest, token by token."""
+    layer = model.model.vision_tower.encoder.layers[-1]
+    normed = layer.layer_norm1(before)[0]
+    queries, keys = layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed)
+    paid = (queries[0] @ keys.T / keys.shape[1] ** 0.5).softmax(0)[1:]
+    keys, number = keys[1:], len(features)
+    left = one.budget(number) - 1
+    spread = left // 2 if one.plus else 0
+    order = sorted(range(number), key=lambda i: -float(paid[i]))
+    best = order[: left - spread]
+    others = [i for i in range(number) if i not in best]
+    even = [others[(2 * i + 1) * len(others) // (2 * spread)] for i in range(spread)]
+    kept = [i for i in order if i in {*best, *even}]
+    made = []
+    for i in kept:
+        rest = [j for j in range(number) if j != i]
+        rest.sort(key=lambda j: -float(torch.cosine_similarity(keys[i], keys[j], dim=0)))
+        made.append(features[i] + sum(paid[j] * features[j] for j in rest[: one.neighbours]))
+    gone = [j for j in order if j not in kept]
+    made.append(sum(paid[j] * features[j] for j in gone))
+    return torch.stack(made), [*kept, gone[0]]

@@ -18,8 +18,8 @@ from targets.base import (
     Knowledge,
     WhiteBoxView,
 )
-from targets.compression import FastV, VisionZip
-from targets.compression.base import Compressor
+from targets.compression import FastV, VisionZip, ZooPrune
+from targets.compression.base import Compressor, Stage
 from targets.errors import KnowledgeError, TargetError
 from targets.lvlm import LVLM
 
@@ -156,6 +156,13 @@ def test_queries_and_keys_explain_the_score(target: LVLM) -> None:
         assert bool(((total >= low - 1e-6) & (total <= high + 1e-6)).all())
 
 
+def probes(compressor: Compressor) -> int:
+    """How often a compressor runs the projector to find out about it."""
+    if not isinstance(compressor, ZooPrune):
+        return 0
+    return compressor.directions * (2 if compressor.estimate == "difference" else 1)
+
+
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_rank_runs_nothing_behind_the_ranking_point(
     compressor: Compressor, feature_layer: int
@@ -166,13 +173,15 @@ def test_rank_runs_nothing_behind_the_ranking_point(
     with calls_of(parts(model)) as counts:
         view.rank(images, tiny.QUESTIONS)
     reached = 0 if compressor.looks_at is None else compressor.looks_at
-    expected = {"patches": 1, "projector": 1, "head": 0}
-    expected |= {f"vision {i}": int(i < 4 + feature_layer) for i in range(3)}
+    expected = {"patches": 1, "projector": 1 + probes(compressor), "head": 0}
+    deepest = max((3 + feature_layer, *compressor.tower_layers(3, 3 + feature_layer)))
+    expected |= {f"vision {i}": int(i <= deepest) for i in range(3)}
     expected |= {f"text {i}": int(i < reached) for i in range(4)}
     assert counts == expected
     with calls_of(parts(model)) as counts:
         view.encode(images)
     expected |= {f"text {i}": 0 for i in range(4)} | {"projector": 0}
+    expected |= {f"vision {i}": int(i < 4 + feature_layer) for i in range(3)}
     assert counts == expected
 
 
@@ -181,6 +190,7 @@ def test_everything_runs_once_in_a_shared_pass(compressor: Compressor) -> None:
     view: Any = LVLM(model, tiny.build_processor()).view(Knowledge.WHITE_BOX, compressor)
     with calls_of(parts(model)) as counts:
         view.full_and_rank(tiny.pictures(3), tiny.QUESTIONS, tiny.ANSWERS)
+    assert counts.pop("projector") == 1 + probes(compressor)
     assert set(counts.values()) == {1}
     with calls_of(parts(model)) as counts:
         view.answer_nll(
@@ -190,6 +200,9 @@ def test_everything_runs_once_in_a_shared_pass(compressor: Compressor) -> None:
             path="compressed",
             straight_through=True,
         )
+    # New tokens that were made in front of the projector go through it as well.
+    again = int(compressor.merges and compressor.stage is Stage.VISION)
+    assert counts.pop("projector") - probes(compressor) in {1, 1 + again}
     assert set(counts.values()) == {1}
 
 

@@ -83,8 +83,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "hired": HiRED(keep_tokens=QUARTER),
     "hiprune": HiPrune(keep_tokens=QUARTER, alpha=0.6, object_layer=0),
     "cdpruner": CDPruner(keep_tokens=QUARTER),
-    "zoo_prune": ZooPrune(keep_tokens=QUARTER, directions=4),
-    "zoo_prune exact": ZooPrune(keep_tokens=QUARTER, directions=4, estimate="jvp"),
+    "zoo_prune": ZooPrune(keep_tokens=QUARTER, directions=4, seed=2),
+    "zoo_prune exact": ZooPrune(keep_tokens=QUARTER, directions=4, seed=2, estimate="jvp"),
     "pyramiddrop": PyramidDrop(keep_tokens=QUARTER),
     "pyramiddrop kept": PyramidDrop(keep_tokens=QUARTER, positions="keep"),
     "sparsevlm": SparseVLM(keep_tokens=QUARTER),
@@ -101,6 +101,10 @@ COMPRESSORS: dict[str, Compressor] = {
     "tokenflex": TokenFLEX(keep_tokens=QUARTER, weights=weights.folder("tokenflex")),
     "tokenflex untrained": TokenFLEX(keep_tokens=QUARTER, weights="none", positions="keep"),
 }
+
+
+BLIND = ("random", "uniform", "grid", "pool", "quecc", "tokenflex", "drop_all")
+"""Compressors whose scores do not depend on the image."""
 
 
 def build_processor(template: str | None = TEMPLATE) -> Any:
