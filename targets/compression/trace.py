@@ -154,7 +154,7 @@ def _imposed(compressor: Compressor, seen: Seen, scores: Scores, forced: Forced)
     selection = forced_at(forced, 0)
     width = scores.score.shape[1]
     here = selection.kept.shape
-    if here[0] != len(scores.score) or here[1] > width:
+    if here[0] != len(scores.score) or not int(seen.totals.amax()) <= here[1] <= width:
         raise CompressionError(
             f"the forced selection is {list(here)}, but there are "
             f"{list(scores.score.shape)} images × visual tokens to choose from"

@@ -10,12 +10,15 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from stages import plan
 
 from targets.base import Knowledge
 from targets.compression import FastV, Random
 from targets.compression.base import Compressor
 from targets.errors import CompressionError, TargetError
+from targets.families import family_of
 from targets.lvlm import LVLM
+from targets.preprocessing import Layout
 from targets.prompts import PromptBook
 
 
@@ -25,6 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build_model().save_pretrained(place)
     tiny.build_processor().save_pretrained(place)
     return place
+
+
+PICTURE = (Layout.grid((6, 6)), (tiny.SIZE, tiny.SIZE))
+"""Layout and size of a picture that fits the tiny model."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,7 @@ def test_attention_is_the_one_asked_for(folder: Path, implementation: str) -> No
     [
         ({"attn_implementation": "flash_attention_2"}, "CUDA device"),
         ({"attn_implementation": "flex_attention"}, "one of auto, eager"),
-        ({"dtype": "int8"}, "one of float32"),
+        ({"dtype": "int8"}, "one of auto, float32"),
         ({"device": "abacus"}, "abacus"),
     ],
 )
@@ -103,8 +110,8 @@ def test_unknown_hub_ids_fail_with_a_target_error() -> None:
 @pytest.mark.parametrize("template", [tiny.TEMPLATE, None])
 def test_prompts_are_those_of_the_processor(template: str | None) -> None:
     processor = tiny.build_processor(template)
-    book = PromptBook(processor, tiny.WORDS.index("<image>"), tiny.TOKENS, torch.device("cpu"))
-    prompt = book.prompt(tiny.QUESTIONS)
+    book = PromptBook(processor, family_of(tiny.build_model()))
+    prompt = book.prompt(tiny.QUESTIONS, *PICTURE)
     pictures = [Image.fromarray(np.zeros((48, 48, 3), np.uint8))] * 3
     truth = processor(
         images=pictures,
@@ -120,11 +127,12 @@ def test_prompts_are_those_of_the_processor(template: str | None) -> None:
 
 def test_prompts_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = tiny.build_processor()
-    book = PromptBook(processor, 4, tiny.TOKENS, torch.device("cpu"))
-    first = book.dialogue(tiny.QUESTIONS, tiny.ANSWERS)
+    book = PromptBook(processor, family_of(tiny.build_model()))
+    first = book.dialogue(tiny.QUESTIONS, tiny.ANSWERS, *PICTURE)
     monkeypatch.setattr(book, "_ids", lambda text: pytest.fail(f"tokenised {text!r} again"))
-    assert book.dialogue(tiny.QUESTIONS, tiny.ANSWERS) is first
-    assert book.prompt(tiny.QUESTIONS) is book.prompt(list(tiny.QUESTIONS))
+    assert book.dialogue(tiny.QUESTIONS, tiny.ANSWERS, *PICTURE) is first
+    once = book.prompt(tiny.QUESTIONS, *PICTURE)
+    assert once is book.prompt(list(tiny.QUESTIONS), *PICTURE)
 
 
 def test_a_placeholder_in_the_question_is_refused(target: LVLM) -> None:
@@ -172,8 +180,10 @@ def test_swapping_selections(target: LVLM, compressor: Compressor) -> None:
     assert torch.equal(swapped.kept, first.kept)
     back = target.answer(images, tiny.QUESTIONS, compressor=compressor, kept=first.selection)
     assert back.texts == first.texts
-    plain = target.answer(images, tiny.QUESTIONS, compressor=compressor, kept=first.kept)
-    assert plain.texts == first.texts
+    if len(compressor.cuts(4)) == 1 and bool(first.kept.any(1).all()):
+        # A bare set is imposed at every cut, and says nothing of tokens that are made anew.
+        plain = target.answer(images, tiny.QUESTIONS, compressor=compressor, kept=first.kept)
+        assert plain.texts == first.texts
 
 
 def test_forcing_needs_sense(target: LVLM) -> None:
@@ -267,8 +277,7 @@ def test_siglip_towers_have_no_cls(compressor: Compressor) -> None:
     model.generation_config.eos_token_id = 2
     target = LVLM(model, tiny.build_processor())
     answered = target.answer(tiny.pictures(3), tiny.QUESTIONS, compressor=compressor)
-    expected = 8 if compressor.name == "visionzip" else 9
-    assert answered.kept.sum(1).tolist() == [expected] * 3
+    assert answered.left.tolist() == [plan(compressor, 4)[-1]] * 3
     encoded: Any = target.view(Knowledge.ENCODER)
     score = encoded.encode(tiny.pictures(3)).score
     assert torch.allclose(score.sum(1), torch.ones(3), atol=1e-5)
