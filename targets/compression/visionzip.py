@@ -202,7 +202,8 @@ def _heads(seen: Seen, tiles: Tiles, wanted: Tensor) -> _Part:
     run = vision.patches_of[..., 0].gather(1, first) // (hidden.shape[1] - 1)
     tile = torch.arange(tiles.number, device=first.device).expand_as(first)
     rank = torch.where(_single(seen)[:, None], 0, 2 * tile + 2)
-    return _Part(hidden[run, 0], wanted.reshape(images, -1) > 0, first, rank)
+    head = hidden[run, 0].to(seen.features.dtype)
+    return _Part(head, wanted.reshape(images, -1) > 0, first, rank)
 
 
 def _in_order(parts: list[_Part], seen: Seen) -> Merged:
