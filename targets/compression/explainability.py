@@ -77,8 +77,8 @@ class Explainability(Compressor):
         """Share of the relevance that f expects of each token, ``[I, V]``; rows sum to 1."""
         if seen.text is None:
             raise CompressionError("explainability needs to see the prompt at layer 0")
-        attention = seen.text.attention(asking(seen.text)).mean(1).float()
-        network = self._network.to(attention.device)
+        attention = seen.text.attention(asking(seen.text)).mean(1)
+        network = self._network.to(attention.device, attention.dtype)
         logs = network(attention, seen.valid)
         return Scores(logs.exp().masked_fill(~seen.valid, 0), logs)
 

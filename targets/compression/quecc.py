@@ -14,7 +14,7 @@ from targets.compression import cells, trained
 from targets.compression.aside import question_state
 from targets.compression.base import Compressor, Merged, Scores, Seen, Selection, Stage
 from targets.compression.quecc_net import QueryCompressor, windows
-from targets.compression.scoring import log_probability
+from targets.compression.scoring import log_probability, precise
 from targets.errors import CompressionError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class QueCC(Compressor):
         return (middle[:, None] * side + middle).flatten()
 
     def _read(self, seen: Seen, side: int, stride: int) -> tuple[Tensor, Tensor]:
-        """Tokens and attention of the network, in float32."""
+        """Tokens and attention of the network, at least in float32."""
         if seen.vision is None or seen.text is None:
             raise CompressionError("quecc needs to see the vision tower run, and the prompt")
         network = self._network
@@ -161,10 +161,11 @@ class QueCC(Compressor):
             seen.memory["question"] = question_state(seen.text)
         question: Tensor = seen.memory["question"]
         levels = [seen.vision.hidden(layer) for layer in levels_of(seen.vision.feature_layer)]
-        features = _grid(seen.features.float(), side)
-        joined = _grid(torch.cat(levels, -1).float(), side)
-        network.to(features.device)
-        tokens, paid = network(features, joined, question[seen.rows].float(), stride)
+        features = _grid(precise(seen.features), side)
+        joined = _grid(torch.cat(levels, -1).to(features.dtype), side)
+        asked = question[seen.rows].to(features.dtype)
+        network.to(features.device, features.dtype)
+        tokens, paid = network(features, joined, asked, stride)
         return tokens, paid
 
     @property

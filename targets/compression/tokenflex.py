@@ -11,7 +11,7 @@ from annotated_types import Ge, Interval
 
 from targets.compression import cells, trained
 from targets.compression.base import Compressor, Merged, Scores, Seen, Selection, Stage
-from targets.compression.scoring import standardised
+from targets.compression.scoring import precise, standardised
 from targets.compression.tokenflex_net import FlexProjector, centres, pooled
 from targets.errors import CompressionError
 
@@ -100,8 +100,9 @@ class TokenFLEX(Compressor):
                 raise CompressionError("tokenflex needs the projected tokens in its untrained mode")
             tokens = pooled(seen.projected, shape, count)
         else:
-            network.to(seen.features.device)
-            tokens = network(seen.features.float(), shape, count).to(seen.features.dtype)
+            features = precise(seen.features)
+            network.to(features.device, features.dtype)
+            tokens = network(features, shape, count).to(seen.features.dtype)
         return cells.merged(tokens, sources, left, projected=True)
 
     def _shape(self, seen: Seen) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,26 +32,30 @@ def perceptron(state: State, name: str, x: Tensor) -> Tensor:
     return norm(state, f"{name}.3", linear(state, f"{name}.2", inner))
 
 
-def explainability(state: State, attention: Tensor) -> Tensor:
-    """Distribution over the tokens of one image from their attention ``[V]``."""
-    mean = float(attention.mean())
-    values = [torch.tensor([math.log(float(a) / mean + 0.05)]) for a in attention]
+def explainability(
+    state: State, attention: Sequence[float], present: Sequence[bool]
+) -> list[float]:
+    """Distribution over the places of one image; absent ones are zero at every convolution."""
+    places = range(len(attention))
+    there = [place for place in places if present[place]]
+    mean = sum(attention[place] for place in there) / len(there)
+    values = {
+        p: torch.tensor([math.log(attention[p] / mean + 0.05)], dtype=torch.float64) for p in there
+    }
     for block in range(len([name for name in state if name.startswith("across.")]) // 2):
         kernel, bias = state[f"across.{block}.weight"], state[f"across.{block}.bias"]
         reach = kernel.shape[2] // 2
-        out = []
-        for place in range(len(values)):
+        out = {}
+        for place in there:
             total = bias.clone()
             for step in range(-reach, reach + 1):
-                if 0 <= place + step < len(values):
+                if place + step in values:
                     total = total + kernel[:, 0, step + reach] * values[place + step]
             mixed = linear(state, f"point.{block}", total)
-            out.append(gelu(norm(state, f"norm.{block}", mixed) if block else mixed))
+            out[place] = gelu(norm(state, f"norm.{block}", mixed) if block else mixed)
         values = out
-    logits = [float(linear(state, "head", value)) for value in values]
-    top = max(logits)
-    weights = [math.exp(logit - top) for logit in logits]
-    return torch.tensor([weight / sum(weights) for weight in weights])
+    weights = {p: math.exp(float(linear(state, "head", values[p]))) for p in there}
+    return [weights.get(place, 0.0) / sum(weights.values()) for place in places]
 
 
 def quecc(
@@ -64,10 +68,10 @@ def quecc(
     heads: int,
     residual: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens ``[S, T]`` and attention ``[V]`` of one image: features ``[V, D]``, levels ``[V, M]``."""
+    """Tokens ``[S, T]`` and attention ``[V]`` of one image with features ``[V, D]``."""
     asked = norm(state, "question_norm", linear(state, "question", question))
     queries = [perceptron(state, "query", feature + asked) for feature in features]
-    tokens, paid = [], torch.zeros(len(features))
+    tokens, paid = [], torch.zeros(len(features)).double()
     for top in range(0, side, stride):
         for left in range(0, side, stride):
             places = [(top + i) * side + left + j for i in range(stride) for j in range(stride)]
@@ -85,7 +89,7 @@ def quecc(
                     key = linear(state, "attend_key", key)[here]
                     values.append(linear(state, "attend_value", value)[here])
                     logits.append(float(query[here] @ key) / math.sqrt(width))
-                share = torch.tensor(logits).softmax(0)
+                share = torch.tensor(logits, dtype=torch.float64).softmax(0)
                 read.append(sum(s * v for s, v in zip(share, values, strict=True)))
                 for place, one in zip(places, share, strict=True):
                     paid[place] += one / heads

@@ -57,7 +57,7 @@ class Recipe:
         default_factory=lambda: training.Optimisation(seed=1, steps=400, batch=8, lr=3e-3)
     )
     how: training.Optimisation = field(
-        default_factory=lambda: training.Optimisation(seed=2, steps=3_500, batch=8, lr=1e-3)
+        default_factory=lambda: training.Optimisation(seed=2, steps=6_000, batch=8, lr=1e-3)
     )
 
 

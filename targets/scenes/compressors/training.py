@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LOG, RECIPE = "training_log.jsonl", "recipe.json"
+LOG, RECIPE, EVALUATION = "training_log.jsonl", "recipe.json", "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
