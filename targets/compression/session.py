@@ -365,6 +365,8 @@ class CompressionSession:
     def _before_layer(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if _STATE not in kwargs:
+            return args, kwargs  # a pass of a compressor's own, not through the text model
         kwargs = dict(kwargs)
         state: TextPass = kwargs.pop(_STATE)
         self._running = state
@@ -378,6 +380,7 @@ class CompressionSession:
             if group.slots is not None:
                 state.trace.tokens.setdefault(layer, group.slots.alive.sum(1))
         state.dress(self._family, layer, hidden, kwargs)
+        mark(kwargs, state)
         return (hidden, *args[1:]), kwargs
 
     def _at_layer(
@@ -409,6 +412,11 @@ class CompressionSession:
     def _watch(self, one: Compressor, layer: int) -> None:
         block = self._family.layers[layer]
 
+        def begin(module: object, args: object, kwargs: dict[str, Any]) -> None:
+            del module, args
+            # A replay under checkpointing does not come through the layer's own hook.
+            self._running = marked(kwargs) or self._running
+
         def hook_for(name: str) -> Any:  # noqa: ANN401 - a hook of torch
             def hook(
                 module: object,
@@ -417,19 +425,48 @@ class CompressionSession:
                 output: Any,  # noqa: ANN401
             ) -> None:
                 del module
-                state = self._running
-                if state is None or not state.prefill or state.uncut.slots is None:
-                    return
                 before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                after = output[0] if isinstance(output, tuple) else output
-                seen = self._ranker.watched(one, state, state.group(layer), layer, before)
-                slots = states.images_of(state.group(layer))
-                one.watch(layer, name, seen.features, slots.gather(after), seen)
+                self._watched(one, layer, name, before, output)
 
             return hook
 
+        self._handles.append(block.self_attn.register_forward_pre_hook(begin, with_kwargs=True))
         for name, module in (("attention", block.self_attn), ("mlp", block.mlp)):
             self._handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
+
+    def _watched(
+        self,
+        one: Compressor,
+        layer: int,
+        name: str,
+        before: Tensor,
+        output: Any,  # noqa: ANN401
+    ) -> None:
+        state = self._running
+        if state is None or not state.prefill or state.uncut.slots is None:
+            return
+        after = output[0] if isinstance(output, tuple) else output
+        group = state.group(layer)
+        seen = self._ranker.watched(one, state, group, layer, before)
+        one.watch(layer, name, seen.features, states.images_of(group).gather(after), seen)
+
+
+def mark(kwargs: dict[str, Any], state: TextPass) -> None:
+    """Let a layer's rotary embedding say which pass it belongs to.
+
+    It is the one argument that reaches the attention module of every family, and that replays of
+    the layer under checkpointing get again as the same object.
+    """
+    turn = kwargs.get("position_embeddings")
+    if isinstance(turn, tuple):
+        turn[0].__dict__[_STATE] = state
+
+
+def marked(kwargs: dict[str, Any]) -> TextPass | None:
+    """The pass that `mark` noted; None where there is none."""
+    turn = kwargs.get("position_embeddings")
+    found: TextPass | None = turn[0].__dict__.get(_STATE) if isinstance(turn, tuple) else None
+    return found
 
 
 def _sorted_cuts(parts: Sequence[Compressor], layers: int, mode: Mode) -> tuple[Cut, ...]:

@@ -84,7 +84,7 @@ def test_straight_through_gradient_is_that_of_the_gate(sdpa: Any) -> None:
     kept = torch.zeros(2, 6, dtype=torch.bool)
     kept.scatter_(1, score.detach().topk(3, 1).indices, True)
     weights = torch.randn(2, 6, generator=generator)
-    bias = column_bias(Scores(score, score), kept, 0.5)
+    bias = column_bias(Scores(score, score), kept, 0.5, torch.ones_like(kept))
     assert float(bias.detach().abs().max()) == 0
     (gradient,) = torch.autograd.grad((bias * weights).sum(), score)
     truth = torch.zeros(2, 6)
