@@ -38,7 +38,7 @@ class Explainability(Compressor):
         keep_tokens: visual tokens kept of each image, ≥ 1, instead of retention.
         weights: trained weights, by the name of the scenes model they are shipped with
             (``scenes-a``) or as a folder; ``none`` is the untrained mode: f with starting values
-            from seed 0, which ranks about as well as chance.
+            from seed 0, which ranks no better than chance.
         positions: whether kept tokens keep their position ids.
 
     Raises:

@@ -20,7 +20,8 @@ Five depthwise-separable 1-D convolutions ({network[channels]}, kernel {network[
 the layer-0 attention of the question into the relevance each visual token will have for the answer.
 Labels: R <- R + E_h[(A * dA)^+] R over all layers of the language model, row of the token that is
 generated, mean over the answer (end mark left out), lower half set to zero; of {scenes:,} training
-scenes, questions answered rightly only. Loss: KL divergence.""",
+scenes, questions answered rightly only. Loss: KL divergence. The log's clock leaves out making the
+labels, which took about as long again.""",
     "quecc": """\
 Question-conditioned attention within windows and a projector of its own. One network for windows of
 {network[strides]} patches: of 144 tokens 36, 16, 9, 4 or 1 are left. Keys and values from
@@ -57,10 +58,10 @@ license: apache-2.0
 {what}
 
 Neither vision tower nor language model was changed. Written by this repository
-(`python -m targets.scenes.compressors.train_{name} --out DIR`): {steps:,} steps, {minutes:.0f} minutes
-of one thread of a busy two-core machine; {parameters:,} parameters, float16. Recipe: `recipe.json`;
-log, with accuracy on the validation split: `training_log.jsonl`. Nothing was chosen by the test
-split.
+(`python -m targets.scenes.compressors.train_{name} --out DIR`): {steps:,} steps, {minutes:.0f}
+minutes of one thread of a busy two-core machine; {parameters:,} parameters, float16. Recipe:
+`recipe.json`; log, with accuracy on the validation split: `training_log.jsonl`. Nothing was chosen
+by the test split.
 
 It is part of a **test object**: the model it belongs to knows drawn scenes only, and no figure here
 says how the method does on a large model.
@@ -68,8 +69,9 @@ says how the method does on a large model.
 ## Accuracy
 
 {questions} questions on {images} pictures of the `{split}` split, greedy decoding, exact match,
-through `LVLM.answer` in float32 (`python -m targets.scenes.compressors.evaluate {name} DIR --write`).
-One training run, one seed ({seed}).
+through `LVLM.answer` in float32
+(`python -m targets.scenes.compressors.evaluate {name} DIR --write`). One training run, one seed
+({seed}).
 
 {table}
 
