@@ -44,6 +44,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "pool": "targets.compression.pool:Pool",
         "grid": "targets.compression.grid:Grid",
         "downsample": "targets.compression.downsample:Downsample",
+        "information_horizon": "targets.compression.information_horizon:InformationHorizon",
         "drop_all": "targets.compression.drop_all:DropAll",
         "explainability": "targets.compression.explainability:Explainability",
         "quecc": "targets.compression.quecc:QueCC",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from targets.compression.hired import HiRED
     from targets.compression.pool import Pool
     from targets.compression.prumerge import PruMerge
+    from targets.compression.information_horizon import InformationHorizon
     from targets.compression.pyramiddrop import PyramidDrop
     from targets.compression.quecc import QueCC
     from targets.compression.random import Random
@@ -51,6 +52,7 @@ _HOMES: Final = {
     "HiRED": "hired",
     "Pool": "pool",
     "PruMerge": "prumerge",
+    "InformationHorizon": "information_horizon",
     "PyramidDrop": "pyramiddrop",
     "QueCC": "quecc",
     "Random": "random",
@@ -82,6 +84,7 @@ __all__ = [
     "HiRED",
     "Pool",
     "PruMerge",
+    "InformationHorizon",
     "PyramidDrop",
     "QueCC",
     "Random",

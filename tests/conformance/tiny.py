@@ -28,6 +28,7 @@ from targets.compression import (
     Grid,
     HiPrune,
     HiRED,
+    InformationHorizon,
     Pool,
     PruMerge,
     PyramidDrop,
@@ -95,6 +96,10 @@ COMPRESSORS: dict[str, Compressor] = {
     "visiondrop kept": VisionDrop(keep_tokens=QUARTER, positions="keep"),
     "vasparse": VASparse(keep_tokens=QUARTER),
     "vasparse summed": VASparse(keep_tokens=QUARTER, aggregate="sum", positions="reindex"),
+    "information_horizon": InformationHorizon(keep_tokens=QUARTER),
+    "information_horizon reindexed": InformationHorizon(
+        keep_tokens=QUARTER, layer=1, early_retention=0.7, positions="reindex"
+    ),
     "explainability": Explainability(keep_tokens=QUARTER, weights=weights.folder("explainability")),
     "quecc": QueCC(keep_tokens=QUARTER, weights=weights.folder("quecc")),
     "quecc untrained": QueCC(keep_tokens=QUARTER, weights="none", positions="keep"),
