@@ -12,7 +12,7 @@ from torch import Tensor
 
 from targets.base import Knowledge, WhiteBoxView
 from targets.compression import compress
-from targets.compression.base import Compressor, Stage
+from targets.compression.base import Compressor
 from targets.lvlm import LVLM
 
 LIVE = sorted(n for n, c in tiny.COMPRESSORS.items() if c.name not in tiny.BLIND)
@@ -39,10 +39,9 @@ def test_score_gradient_agrees_with_finite_differences(name: str) -> None:
     (gradient,) = torch.autograd.grad(loss(images), images)
     slope = float((gradient * direction).sum())
     with torch.no_grad():
-        # Rotary tables and norms of the text model stay float32; before it, steps may be small
-        # enough that no greedy order changes.
-        inside = tiny.COMPRESSORS[name].stage is Stage.LAYER
-        step = 1e-4 if inside else 1e-6
+        # Rotary tables and norms of the text model stay float32, so steps may not be too small;
+        # where a greedy order is long, one of 1e-4 changes it.
+        step = 2e-5 if name.startswith("information_horizon") else 1e-4
         difference = (loss(images + step * direction) - loss(images - step * direction)) / 2 / step
     assert abs(slope) > 1e-2
     assert float(difference) == pytest.approx(slope, rel=2e-3)
