@@ -64,11 +64,6 @@ def test_keeping_everything_is_the_identity(model: Any, compressor: Compressor) 
         with compress(model, whole(compressor)) as session:
             kept = decode(model, batch)
         assert session.trace.kept is not None
-        if compressor.drops_separators:  # newlines go whatever the budget
-            full, newlines = batch["input_ids"].shape[1], layouts_of(model, batch)[0].separators
-            if case == "one image":
-                assert session.trace.lengths[0] == full - len(newlines) == full - 3
-            continue
         assert torch.equal(plain, kept)
 
 
