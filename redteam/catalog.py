@@ -49,6 +49,9 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "explainability": "targets.compression.explainability:Explainability",
         "quecc": "targets.compression.quecc:QueCC",
         "tokenflex": "targets.compression.tokenflex:TokenFLEX",
+        "tome": "targets.compression.tome:ToMe",
+        "attentive_removal": "targets.compression.attentive_removal:AttentiveRemoval",
+        "sparsifiner": "targets.compression.sparsifiner:Sparsifiner",
         "pipeline": "redteam.loaders:Composition",
     },
     "attacks": {

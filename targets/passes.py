@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from targets.base import Ranking, VisionOutput
-from targets.compression.base import Compressor
+from targets.compression.base import Compressor, Stage
 from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
 from targets.compression.trace import Forced
@@ -142,8 +142,14 @@ class Passes:
         answers: Sequence[str],
         compressor: Compressor,
     ) -> tuple[Tensor, Dialogue, Ranking]:
-        """`answer_logprobs` with all tokens and `rank`, from one forward pass."""
+        """`answer_logprobs` with all tokens and `rank`, from one forward pass.
+
+        Two, where a compressor works inside the vision tower: its ranking needs another tower.
+        """
         _one_each(images, questions)
+        if any(one.stage is Stage.TOWER for one in parts_of(compressor)):
+            logprobs, talk = self.answer_logprobs(images, questions, answers)
+            return logprobs, talk, self.rank(images, questions, compressor)
         inputs, layout, size = self.inputs(images)
         talk = self.prompts.dialogue(questions, answers, layout, size)
         session = self._session(compressor, "observe", None, talk)

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from targets.compression.attentive_removal import AttentiveRemoval
     from targets.compression.base import Compressor, Selection
     from targets.compression.cdpruner import CDPruner
     from targets.compression.divprune import DivPrune
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
     from targets.compression.grid import Grid
     from targets.compression.hiprune import HiPrune
     from targets.compression.hired import HiRED
+    from targets.compression.information_horizon import InformationHorizon
     from targets.compression.pool import Pool
     from targets.compression.prumerge import PruMerge
-    from targets.compression.information_horizon import InformationHorizon
     from targets.compression.pyramiddrop import PyramidDrop
     from targets.compression.quecc import QueCC
     from targets.compression.random import Random
     from targets.compression.session import CompressionSession, compress
     from targets.compression.sparsevlm import SparseVLM
+    from targets.compression.sparsifiner import Sparsifiner
     from targets.compression.tokenflex import TokenFLEX
+    from targets.compression.tome import ToMe
     from targets.compression.transprune import TransPrune
     from targets.compression.uniform import Uniform
     from targets.compression.vasparse import VASparse
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from targets.compression.zoo_prune import ZooPrune
 
 _HOMES: Final = {
+    "AttentiveRemoval": "attentive_removal",
     "CDPruner": "cdpruner",
     "CompressionSession": "session",
     "Compressor": "base",
@@ -58,6 +62,8 @@ _HOMES: Final = {
     "Random": "random",
     "Selection": "base",
     "SparseVLM": "sparsevlm",
+    "Sparsifiner": "sparsifiner",
+    "ToMe": "tome",
     "TokenFLEX": "tokenflex",
     "TransPrune": "transprune",
     "Uniform": "uniform",
@@ -70,6 +76,7 @@ _HOMES: Final = {
 }
 
 __all__ = [
+    "AttentiveRemoval",
     "CDPruner",
     "CompressionSession",
     "Compressor",
@@ -82,14 +89,16 @@ __all__ = [
     "Grid",
     "HiPrune",
     "HiRED",
+    "InformationHorizon",
     "Pool",
     "PruMerge",
-    "InformationHorizon",
     "PyramidDrop",
     "QueCC",
     "Random",
     "Selection",
     "SparseVLM",
+    "Sparsifiner",
+    "ToMe",
     "TokenFLEX",
     "TransPrune",
     "Uniform",

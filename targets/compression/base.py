@@ -346,6 +346,16 @@ class Compressor(ABC):
         del features, memory
         raise CompressionError(f"compressor {self.name} does not act inside the vision tower")
 
+    def unmerge(self, features: Tensor, memory: dict[str, Any]) -> Tensor:
+        """For each patch ``[I, V, D]``, what its token carries (only Stage.TOWER).
+
+        Args:
+            features: ``[I, V, D]`` tokens that came out of the tower, first, then anything.
+            memory: as in `install`.
+        """
+        del memory
+        return features
+
     def __post_init__(self) -> None:
         """Check the budget; subclasses that extend this call it first."""
         given = {"retention": self.retention, "keep_tokens": self.keep_tokens}

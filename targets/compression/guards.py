@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from targets.compression.base import Compressor, Cut
+from targets.compression.base import Compressor, Cut, Merged, Stage
+from targets.compression.layout import ImageSlots
 from targets.errors import CompressionError
 from targets.families.base import Family
 
@@ -47,6 +48,43 @@ def check(
         raise CompressionError(
             f"the straight-through path needs a mask with a gradient, which {implementation} does "
             "not take; load the model with attn_implementation sdpa or eager"
+        )
+
+
+def check_tower(parts: Sequence[Compressor], mode: str) -> None:
+    """Refuse what does not go with a tower that is shortened from inside.
+
+    Raises:
+        CompressionError: in mode ``observe``, and beside others that read the tower's patches.
+    """
+    inside = [one.name for one in parts if one.stage is Stage.TOWER]
+    if not inside:
+        return
+    if mode == "observe":
+        raise CompressionError(
+            f"compressor {inside[0]} drops tokens inside the vision tower, so its ranking cannot "
+            "be had while the tower is left as it is; use mode rank, and a pass without "
+            "compression for the full answer"
+        )
+    others = [one.name for one in parts if one.sees_tower and one.stage is not Stage.TOWER]
+    if len(inside) + len(others) > 1:
+        raise CompressionError(
+            f"compressors {', '.join([*inside, *others])} cannot follow each other: behind "
+            f"{inside[0]} the vision tower has no whole grid of patches left to rank or merge; "
+            "follow it with one that acts in the language model"
+        )
+
+
+def check_emerged(cut: Cut, emerged: Merged | None, slots: ImageSlots) -> None:
+    """Refuse to cut where the tower has not run, or for other pictures.
+
+    Raises:
+        CompressionError: naming the compressor.
+    """
+    if emerged is None or len(emerged.valid) != len(slots.rows):
+        raise CompressionError(
+            f"compressor {owner(cut).name} works inside the vision tower, which has not run inside "
+            "this session for these pictures; pass pixel_values, not encoder outputs made before"
         )
 
 

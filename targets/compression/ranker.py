@@ -51,6 +51,9 @@ class Ranker:
         slots = _slots(group)
         sight = self.sight(state, group, 0, hidden, None)
         projected = slots.gather(hidden)
+        if cut.stage is Stage.TOWER:
+            # The tokens that are left stand in the first places, not where their patches were.
+            projected = _owner(cut).unmerge(projected, state.memory(_owner(cut)))
         if cut.stage is not Stage.VISION:
             return self._seen(cut, state, group, projected, sight, vision)
         if vision is None:

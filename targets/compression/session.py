@@ -16,6 +16,7 @@ their own mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -81,6 +82,7 @@ class CompressionSession:
         self._groups: dict[int, Group] = {}
         self._last: Tensor | None = None  # [B] position id of the last column so far
         guards.check(self._family, self._parts, self._cuts_of, relax)
+        guards.check_tower(self._parts, mode)
         self._tap = self._make_tap()
 
     def __enter__(self) -> CompressionSession:
@@ -148,11 +150,11 @@ class CompressionSession:
         def begin(module: object, inputs: object) -> None:
             del module, inputs
             memory.clear()
+            memory["forced"] = self._ranker.forced
 
         self._tower = one
         self._handles.append(self._family.tower.register_forward_pre_hook(begin))
-        if self._cuts:
-            self._handles += one.install(self._family, memory)
+        self._handles += one.install(self._family, memory)
         self._handles.append(
             self._family.projector.register_forward_pre_hook(self._before_projector)
         )
@@ -169,7 +171,7 @@ class CompressionSession:
 
     def _before_projector(self, module: object, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         del module
-        if self._tower is None or not self._cuts:
+        if self._tower is None:
             return None
         features: Tensor = inputs[0]
         merged = self._tower.emerge(features, self._tower_memory[id(self._tower)])
@@ -196,7 +198,10 @@ class CompressionSession:
         guards.check_cache(cache)
         kwargs = dict(kwargs)
         if cache is None or cache.get_seq_length() == 0:
-            state = self._prefill(kwargs)
+            try:
+                state = self._prefill(kwargs)
+            finally:
+                self._emerged = None  # what a tower gave is for one prefill
         else:
             state = self._decode(kwargs)
         self._groups, self._running = state.groups, state
@@ -251,6 +256,8 @@ class CompressionSession:
         for cut in self._cuts_of:
             if cut.stage is Stage.LAYER:
                 continue
+            if cut.stage is Stage.TOWER:
+                guards.check_emerged(cut, self._emerged, states.images_of(group))
             seen = self._ranker.before_text(cut, state, group, hidden, state.vision)
             one = self._ranker.choose(cut, seen, state.trace, state)
             if one is None:
@@ -274,14 +281,12 @@ class CompressionSession:
         """Make a cut: merge where the method does, then drop columns."""
         slots, owner = states.images_of(group), guards.owner(cut)
         kept, gate = one.selection.kept, self._ranker.bias(one)
-        merged: Merged | None = None
-        if cut.stage is Stage.TOWER:
-            merged = self._emerged
-        elif torch.equal(kept & slots.alive, slots.alive):
+        if torch.equal(kept & slots.alive, slots.alive):
             state.trace.survive(slots, kept, None)
             return group, hidden
-        else:
-            merged = owner.merge(one.selection, one.seen)
+        merged = owner.merge(one.selection, one.seen)
+        if cut.stage is Stage.TOWER:
+            merged = self._arrived(slots.gather(hidden))
         state.trace.survive(slots, kept, merged)
         if merged is not None:
             merged = self._widened(cut, merged)
@@ -303,6 +308,13 @@ class CompressionSession:
             masked=self._mode == "masked",
             inside=cut.stage is Stage.LAYER,
         )
+
+    def _arrived(self, projected: Tensor) -> Merged:
+        """What emerged from the tower, projected: the model has put it into the first places."""
+        merged = self._emerged
+        if merged is None:
+            raise CompressionError("the vision tower has not run inside this session")
+        return replace(merged, features=projected[:, : merged.valid.shape[1]], projected=True)
 
     def _widened(self, cut: Cut, merged: Merged) -> Merged:
         """Merged tokens as wide as the language model."""

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from targets.compression.base import Stage
 from targets.errors import TargetError
-from targets.families.vision import FeaturesReached, LayerPass, VisionPass, VisionTap
+from targets.families.vision import (
+    FeaturesReached,
+    LayerPass,
+    TowerEncoder,
+    VisionPass,
+    VisionTap,
+)
 from targets.preprocessing.layout import Layout, Preprocessing
 
 if TYPE_CHECKING:
@@ -38,6 +44,7 @@ class Family(ABC):
         feature_layer: tower layer (0-based) whose output are the features.
         tower_depth: number of tower layers.
         image_size: height and width of a picture that suits the model.
+        encoder: the tower's layers, where compressors may shorten it from inside; else None.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -53,6 +60,7 @@ class Family(ABC):
     feature_layer: int
     tower_depth: int
     image_size: tuple[int, int] = (224, 224)
+    encoder: TowerEncoder | None = None
 
     # Pictures -----------------------------------------------------------------------------------
 

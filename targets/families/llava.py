@@ -15,6 +15,7 @@ from targets.families.vision import (
     FeaturesReached,
     LayerPass,
     TappedLayer,
+    TowerEncoder,
     VisionPass,
     VisionTap,
     whole_runs,
@@ -61,6 +62,7 @@ class Llava(Family):
         self.grid, self.image_size = (side, side), (vision.image_size, vision.image_size)
         self.tower_depth = int(vision.num_hidden_layers)
         self.feature_layer = feature_layer_of(config.vision_feature_layer, self.tower_depth)
+        self.encoder = encoder_of(self.tower, self.feature_layer, self.has_cls, self.grid)
         self.scaling = float(clip_layers(self.tower)[self.feature_layer].self_attn.scale)
 
     def fixed_tokens(self) -> int:
@@ -136,6 +138,17 @@ class Llava(Family):
 def clip_layers(tower: Any) -> Any:  # noqa: ANN401 - modules of transformers are untyped
     """Encoder layers of a CLIP or SigLIP tower."""
     return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def encoder_of(
+    tower: Any,  # noqa: ANN401
+    feature_layer: int,
+    has_cls: bool,
+    grid: tuple[int, int],
+) -> TowerEncoder:
+    """The inside of a CLIP or SigLIP tower."""
+    module = getattr(tower, "vision_model", tower).encoder
+    return TowerEncoder(module, tuple(module.layers), feature_layer, has_cls, grid)
 
 
 def tapped(layer: Any) -> TappedLayer:  # noqa: ANN401

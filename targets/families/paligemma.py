@@ -10,6 +10,7 @@ from torch import Tensor
 from targets.compression.base import Compressor
 from targets.errors import TargetError
 from targets.families.gemma import GemmaFamily
+from targets.families.llava import encoder_of
 from targets.preprocessing.gemma import GemmaPreprocessing
 from targets.preprocessing.layout import Layout
 
@@ -30,6 +31,7 @@ class PaliGemma(GemmaFamily):
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         super().__init__(model)
+        self.encoder = encoder_of(self.tower, self.feature_layer, False, self.grid)
         self._begin = ""
         self._end: int | None = None
 

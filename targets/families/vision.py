@@ -143,6 +143,26 @@ class TappedLayer:
     heads: int
 
 
+@dataclass(frozen=True, slots=True)
+class TowerEncoder:
+    """The layers of a tower that may be shortened from inside: one picture is one run, all of it.
+
+    Attributes:
+        module: what runs the layers; takes ``inputs_embeds``, ``attention_mask`` and more keyword
+            arguments, which it hands on.
+        blocks: the layers, each with layer_norm1, self_attn, layer_norm2 and mlp.
+        feature_layer: the layer whose output the projector gets.
+        has_cls: whether position 0 is CLS.
+        grid: rows and columns of the patches.
+    """
+
+    module: Any
+    blocks: tuple[Any, ...]
+    feature_layer: int
+    has_cls: bool
+    grid: tuple[int, int]
+
+
 class VisionTap:
     """Hooks that capture layers of a tower in every run.
 
