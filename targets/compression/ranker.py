@@ -154,8 +154,12 @@ class Ranker:
             return None
         return column_bias(one.scores, one.selection.kept, self.relax, one.seen.valid)
 
-    def choose(self, cut: Cut, seen: Seen, trace: Trace, state: TextPass) -> CutTrace | None:
+    def choose(
+        self, cut: Cut, seen: Seen, trace: Trace, state: TextPass, started: float
+    ) -> CutTrace | None:
         """Score and select at a cut; None where it only looks.
+
+        `started` is when making `seen` began, since attention is recomputed for it.
 
         Run again on the same input it repeats the same operations (a replay under checkpointing
         must) and leaves the trace as it is.
@@ -164,7 +168,6 @@ class Ranker:
         if not cut.drops:
             owner.look(seen)
             return None
-        started = time.perf_counter()
         scores, selection = self._choose(cut, seen)
         one = CutTrace(scores, selection, seen, time.perf_counter() - started)
         if cut not in state.chosen:

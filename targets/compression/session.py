@@ -15,6 +15,7 @@ their own mask.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -258,8 +259,9 @@ class CompressionSession:
                 continue
             if cut.stage is Stage.TOWER:
                 guards.check_emerged(cut, self._emerged, states.images_of(group))
+            started = time.perf_counter()
             seen = self._ranker.before_text(cut, state, group, hidden, state.vision)
-            one = self._ranker.choose(cut, seen, state.trace, state)
+            one = self._ranker.choose(cut, seen, state.trace, state, started)
             if one is None:
                 continue
             if self._mode == "rank":
@@ -408,9 +410,10 @@ class CompressionSession:
             if cut.stage is not Stage.LAYER:
                 continue
             if cut.reads == layer:
+                started = time.perf_counter()
                 turned = state.rope(self._family, group, layer, hidden) if group.inside else rope
                 seen = self._ranker.at_layer(cut, state, group, layer, hidden, turned)
-                one = self._ranker.choose(cut, seen, state.trace, state)
+                one = self._ranker.choose(cut, seen, state.trace, state, started)
                 if one is not None and self._mode == "rank":
                     raise RankingReached
             if cut.layer == layer and cut.drops and self._cuts:

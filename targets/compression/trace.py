@@ -25,7 +25,8 @@ class CutTrace:
         scores: importance of the visual tokens.
         selection: the hard choice.
         seen: what the compressor saw.
-        seconds: spent ranking and choosing.
+        seconds: spent ranking and choosing, recomputed attention included; on a GPU, until the
+            work was handed over.
     """
 
     scores: Scores
