@@ -59,18 +59,19 @@ def question_state(text: TextSight) -> Tensor:
     """
     words = text.words_after()
     words = torch.where(words.any(1, keepdim=True), words, text.words)
-    width = max(1, int(words.sum(1).amax()))
-    # Left padding: words come last, in their order.
-    columns = words.long().argsort(dim=1, stable=True)[:, -width:]
-    live = words.gather(1, columns)
-    embeds = text.embeds.gather(1, columns[..., None].expand(*columns.shape, text.embeds.shape[2]))
-    family = text.family
-    with unhooked(family.text):
-        output = family.text(
-            inputs_embeds=embeds,
-            attention_mask=live.long(),
-            use_cache=False,
-            **family.positions(live.long()),
-        )
-    last: Tensor = output.last_hidden_state[:, -1]
-    return last * live.any(1, keepdim=True)
+    family, lengths = text.family, words.sum(1)
+    found = text.embeds.new_zeros(len(words), text.embeds.shape[2])
+    for length in sorted(set(lengths.tolist()) - {0}):
+        # Rows of one length at a time: some models read padded text in another way than whole text.
+        rows = (lengths == length).nonzero()[:, 0]
+        embeds = text.embeds[rows][words[rows]].reshape(len(rows), length, -1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        with unhooked(family.text):
+            output = family.text(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                use_cache=False,
+                **family.positions(mask),
+            )
+        found = found.index_put((rows,), output.last_hidden_state[:, -1].to(found.dtype))
+    return found

@@ -56,13 +56,12 @@ class Trained:
 
 def facts(family: Family) -> dict[str, int]:
     """What weights have to fit of a model: widths and depths of its two halves."""
-    text = family.text.config
     tower = getattr(family.tower.config, "vision_config", family.tower.config)
     return {
-        "text_width": int(text.hidden_size),
-        "text_layers": int(text.num_hidden_layers),
-        "vision_width": int(tower.hidden_size),
-        "vision_layers": int(tower.num_hidden_layers),
+        "text_width": int(family.text.config.hidden_size),
+        "text_layers": len(family.layers),
+        "vision_width": int(getattr(tower, "embed_dim", None) or tower.hidden_size),
+        "vision_layers": family.tower_depth,
     }
 
 

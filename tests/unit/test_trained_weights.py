@@ -23,13 +23,11 @@ METHODS: dict[str, Any] = {"explainability": Explainability, "quecc": QueCC, "to
 def family(tokens: int = 36, **facts: int) -> Any:
     """An adapter as far as weights are concerned."""
     given = {**weights.TINY, **facts}
-    text = SimpleNamespace(hidden_size=given["text_width"], num_hidden_layers=given["text_layers"])
-    tower = SimpleNamespace(
-        hidden_size=given["vision_width"], num_hidden_layers=given["vision_layers"]
-    )
     return SimpleNamespace(
-        text=SimpleNamespace(config=text),
-        tower=SimpleNamespace(config=tower),
+        text=SimpleNamespace(config=SimpleNamespace(hidden_size=given["text_width"])),
+        layers=[None] * given["text_layers"],
+        tower=SimpleNamespace(config=SimpleNamespace(hidden_size=given["vision_width"])),
+        tower_depth=given["vision_layers"],
         fixed_tokens=lambda: tokens,
         model_types=("tiny",),
     )
