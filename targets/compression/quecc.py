@@ -152,11 +152,17 @@ class QueCC(Compressor):
         return (middle[:, None] * side + middle).flatten()
 
     def _read(self, seen: Seen, side: int, stride: int) -> tuple[Tensor, Tensor]:
-        """Tokens and attention of the network, at least in float32."""
-        if seen.vision is None or seen.text is None:
-            raise CompressionError("quecc needs to see the vision tower run, and the prompt")
+        """Tokens and attention of the network, at least in float32; once for score and merge."""
+        found: tuple[Tensor, Tensor, Tensor] | None = seen.memory.get("read")
+        if found is None or found[0] is not seen.features:
+            found = seen.features, *self._reads(seen, side, stride)
+            seen.memory["read"] = found
+        return found[1], found[2]
+
+    def _reads(self, seen: Seen, side: int, stride: int) -> tuple[Tensor, Tensor]:
         network = self._network
-        assert network is not None  # noqa: S101 - for the type checker
+        if network is None or seen.vision is None or seen.text is None:
+            raise CompressionError("quecc needs to see the vision tower run, and the prompt")
         if "question" not in seen.memory:
             seen.memory["question"] = question_state(seen.text)
         question: Tensor = seen.memory["question"]

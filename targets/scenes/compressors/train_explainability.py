@@ -97,7 +97,7 @@ def train(recipe: Recipe, checkpoint: str, out: Path, labels: Path | None) -> No
         labels: folder to keep labels in, and to take them from if it has some; None for none.
     """
     model = questions.frozen(checkpoint, "eager")
-    log = training.Log(out)
+    facts, log = training.facts_of(model), training.Log(out)
     drawn = questions.draw("train", 0, recipe.scenes)
     asked = questions.draw("validation", 0, recipe.validation)
     fit, check = (
@@ -119,7 +119,7 @@ def train(recipe: Recipe, checkpoint: str, out: Path, labels: Path | None) -> No
             found = {keep: accuracy(model, asked, score, keep) for keep in recipe.keep}
             log(score=name, validation_accuracy=found)
     training.write_recipe(out, recipe)
-    trained.write(out, NAME, network, recipe.network, training.facts_of(model))
+    trained.write(out, NAME, network, recipe.network, facts)
 
 
 def _labels(

@@ -68,7 +68,7 @@ def train(recipe: Recipe, checkpoint: str, out: Path) -> None:
     }
     network = trained.seeded(QueryCompressor, arguments, recipe.how.seed)
     _copy_projector(network, model.model.multi_modal_projector)
-    log = training.Log(out)
+    facts, log = training.facts_of(model), training.Log(out)
     drawn = questions.draw("train", 0, recipe.scenes)
     asked = questions.draw("validation", 0, recipe.validation)
     log(questions=len(drawn), validation_questions=len(asked))
@@ -96,7 +96,7 @@ def train(recipe: Recipe, checkpoint: str, out: Path) -> None:
     batches = _batches(drawn, recipe, torch.Generator().manual_seed(recipe.how.seed))
     training.optimise(network, recipe.how, batches, loss_of, log, validate, every=1_000)
     training.write_recipe(out, recipe)
-    trained.write(out, NAME, network, arguments, training.facts_of(model))
+    trained.write(out, NAME, network, arguments, facts)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class Recipe:
     checked: tuple[float, ...] = (0.5, 0.25, 0.1)
     noise: float = 12 / 255
     how: training.Optimisation = field(
-        default_factory=lambda: training.Optimisation(seed=1, steps=1_500, batch=4, lr=1e-2)
+        default_factory=lambda: training.Optimisation(seed=1, steps=3_500, batch=4, lr=1e-2)
     )
 
 

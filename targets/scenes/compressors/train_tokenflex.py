@@ -71,7 +71,7 @@ def train(recipe: Recipe, checkpoint: str, out: Path) -> None:
         "hidden": recipe.hidden,
     }
     network = trained.seeded(FlexProjector, arguments, recipe.how.seed)
-    log = training.Log(out)
+    facts, log = training.facts_of(model), training.Log(out)
     drawn = packing.pack("train", 0, recipe.scenes)
     asked = packing.pack("validation", 0, recipe.validation)
     log(scenes=len(drawn), validation_scenes=len(asked))
@@ -89,7 +89,7 @@ def train(recipe: Recipe, checkpoint: str, out: Path) -> None:
 
         training.optimise(network, how, batches, loss_of, log, validate, every=1_000)
     training.write_recipe(out, recipe)
-    trained.write(out, NAME, network, arguments, training.facts_of(model))
+    trained.write(out, NAME, network, arguments, facts)
 
 
 def _batches(

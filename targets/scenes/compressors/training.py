@@ -109,8 +109,12 @@ def shuffled(count: int, batch: int, generator: torch.Generator) -> Iterator[Ten
 
 def write_recipe(folder: Path, recipe: object) -> None:
     """Write a recipe's dataclass beside the weights."""
-    text = json.dumps(asdict(recipe), indent=2)  # type: ignore[call-overload]
-    (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(json.dumps(plain(recipe), indent=2) + "\n", encoding="utf-8")
+
+
+def plain(recipe: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
+    """A recipe as it is written."""
+    return asdict(recipe)
 
 
 def facts_of(model: Any) -> dict[str, int]:  # noqa: ANN401 - transformers is untyped
