@@ -29,6 +29,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "sparsevlm": "targets.compression.sparsevlm:SparseVLM",
         "transprune": "targets.compression.transprune:TransPrune",
         "visiondrop": "targets.compression.visiondrop:VisionDrop",
+        "catp": "targets.compression.catp:CATP",
         "vasparse": "targets.compression.vasparse:VASparse",
         "visionzip": "targets.compression.visionzip:VisionZip",
         "divprune": "targets.compression.divprune:DivPrune",

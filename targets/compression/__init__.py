@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from targets.compression.attentive_removal import AttentiveRemoval
     from targets.compression.base import Compressor, Selection
+    from targets.compression.catp import CATP
     from targets.compression.cdpruner import CDPruner
     from targets.compression.divprune import DivPrune
     from targets.compression.downsample import Downsample
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _HOMES: Final = {
     "AttentiveRemoval": "attentive_removal",
+    "CATP": "catp",
     "CDPruner": "cdpruner",
     "CompressionSession": "session",
     "Compressor": "base",
@@ -76,6 +78,7 @@ _HOMES: Final = {
 }
 
 __all__ = [
+    "CATP",
     "AttentiveRemoval",
     "CDPruner",
     "CompressionSession",

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from targets.compression import (
+    CATP,
+    AttentiveRemoval,
     CDPruner,
     DivPrune,
     Explainability,
@@ -35,7 +37,9 @@ from targets.compression import (
     QueCC,
     Random,
     SparseVLM,
+    Sparsifiner,
     TokenFLEX,
+    ToMe,
     TransPrune,
     Uniform,
     VASparse,
@@ -94,6 +98,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "transprune": TransPrune(keep_tokens=QUARTER),
     "visiondrop": VisionDrop(keep_tokens=QUARTER),
     "visiondrop kept": VisionDrop(keep_tokens=QUARTER, positions="keep"),
+    "catp": CATP(keep_tokens=QUARTER),
+    "catp reindexed": CATP(keep_tokens=QUARTER, positions="reindex"),
     "vasparse": VASparse(keep_tokens=QUARTER),
     "vasparse summed": VASparse(keep_tokens=QUARTER, aggregate="sum", positions="reindex"),
     "information_horizon": InformationHorizon(keep_tokens=QUARTER),
@@ -104,6 +110,14 @@ COMPRESSORS: dict[str, Compressor] = {
     "quecc": QueCC(keep_tokens=QUARTER, weights=weights.folder("quecc")),
     "quecc untrained": QueCC(keep_tokens=QUARTER, weights="none", positions="keep"),
     "tokenflex": TokenFLEX(keep_tokens=QUARTER, weights=weights.folder("tokenflex")),
+    "tome": ToMe(keep_tokens=QUARTER),
+    "tome spatial": ToMe(
+        keep_tokens=QUARTER, schedule="decreasing", order="spatial", positions="keep"
+    ),
+    "tome post": ToMe(keep_tokens=QUARTER, variant="post"),
+    "attentive_removal": AttentiveRemoval(keep_tokens=QUARTER),
+    "attentive_removal kept": AttentiveRemoval(keep_tokens=QUARTER, positions="keep"),
+    "sparsifiner": Sparsifiner(keep_tokens=QUARTER),
     "tokenflex untrained": TokenFLEX(keep_tokens=QUARTER, weights="none", positions="keep"),
 }
 
