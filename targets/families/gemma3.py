@@ -22,7 +22,8 @@ class Gemma3(GemmaFamily):
     A visual token is the mean of a square of patches. Layers of two types have their own rotary
     embedding and mask. The prompt does not say which pictures are crops of another (pan and scan);
     where `preprocessing` has seen the processor, they are known by the words between them and
-    belong to one picture, with one budget. Otherwise each crop counts as a picture.
+    belong to one picture, with one budget. Otherwise each crop counts as a picture. (A picture
+    without crops that stands one space behind one with crops reads like another crop of it.)
 
     Raises:
         TargetError: for a tower, text model or attention implementation it is not written for.

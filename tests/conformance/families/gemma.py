@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerFast, SiglipVisionConfig
 SIZE, PATCH = 48, 8
 SIDE = SIZE // PATCH
 PAD, END, BEGIN, UNKNOWN, IMAGE, NEWLINE, OPEN, CLOSE = range(8)
+_SENTENCE = (
+    "is there a red blue circle square what colour the how many ? yes no one two three user model "
+    "Here original image and here are some crops to help you see better"
+)
 WORDS = [
     *("<pad>", "<eos>", "<bos>", "<unk>", "<image>", "\n", "<open>", "<close>"),
-    *"is there a red blue circle square what colour the how many ? yes no one two three".split(),
-    *"user model Here original image and here are some crops to help you see better".split(),
+    *dict.fromkeys(_SENTENCE.split()),
 ]
 QUESTIONS = ("is there a red circle ?", "what colour is the square ?", "how many ?")
 VOCABULARY = 1200
