@@ -146,7 +146,9 @@ def load(
     Raises:
         TargetError: if there is nothing at `source`, or its weights are not safetensors.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
+
+    from targets.processors import load_processor
 
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -156,8 +158,8 @@ def load(
     where = str(folder) if folder.is_dir() else str(source)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        # The Auto classes name the revision; a bare download without it would not be repeatable.
-        processor = AutoProcessor.from_pretrained(where, **common)  # nosec B615
+        # Both name the revision; a bare download without it would not be repeatable.
+        processor = load_processor(where, **common)
         model = AutoModelForImageTextToText.from_pretrained(  # nosec B615
             where,
             use_safetensors=True,

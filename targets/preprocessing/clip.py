@@ -66,10 +66,10 @@ class Preprocessor:
     @classmethod
     def of(
         cls,
-        processor: Any,
+        processor: Any,  # noqa: ANN401 - untyped
         *,
         tokens: tuple[int, int] = (1, 1),
-        rounded: bool = True,  # noqa: ANN401
+        rounded: bool = True,
     ) -> Preprocessor:
         """Read the settings of a real image processor.
 
