@@ -14,10 +14,12 @@ from typing import Any, Protocol
 
 from redteam import provenance
 from redteam.datasets.base import Samples
+from redteam.datasets.filters import without
 from redteam.engines.local import LocalEngine
 from redteam.errors import NothingSelected
 from redteam.plan import Plan, WorkUnit, make_plan
 from redteam.scenario import Scenario
+from redteam.screening import described, filter_of, recorded
 from reports import Built, build_reports
 from reports.errors import ResumeMismatch
 from reports.records import Manifest, Trial
@@ -81,21 +83,38 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
     samples: Samples = scenario.dataset.create().open()
     if not len(samples):
         raise NothingSelected(str(scenario.dataset.problem("the data set holds no sample")))
-    manifest = make_manifest(plan, samples, {})
-    if (folder / MANIFEST).exists():
-        units = _resumable(folder, manifest, plan, len(samples))
+    resumed = (folder / MANIFEST).exists()
+    if resumed:
+        samples = without(samples, recorded(RunStore.read(folder).manifest.provenance))
+        units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples))
         if not units:
             return Finished(folder, build_reports(folder), False, _notes(scenario))
     engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say)
     identity = engine.prepare()
-    manifest = make_manifest(
-        plan,
-        samples,
-        provenance.collect(engine.device, identity, scenario.engine.model_dump()),
-    )
+    made_with = provenance.collect(engine.device, identity, scenario.engine.model_dump())
+    if not resumed:
+        samples = _screened(scenario, samples, engine, made_with)
+    manifest = make_manifest(plan, samples, made_with)
     with RunStore.create_or_open(folder, manifest, scenario.text) as store:
         interrupted = _execute(plan, samples, engine, store, watcher)
     return Finished(folder, build_reports(folder), interrupted, _notes(scenario))
+
+
+def _screened(
+    scenario: Scenario, samples: Samples, engine: LocalEngine, made_with: dict[str, Any]
+) -> Samples:
+    """The samples that the data set's filter keeps; what it leaves out goes into `made_with`."""
+    rule = filter_of(scenario.dataset)
+    if rule is None:
+        return samples
+    left_out = engine.screen(rule)
+    made_with["filter"] = described(rule, len(samples), left_out)
+    if len(left_out) == len(samples):
+        reasons = made_with["filter"]["left_out"]
+        counts = ", ".join(f"{len(ids)} {why}" for why, ids in reasons.items())
+        problem = scenario.dataset.problem(f"filter {rule} leaves no sample: {counts}")
+        raise NothingSelected(str(problem))
+    return without(samples, left_out)
 
 
 def _notes(scenario: Scenario) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
         "seed": manifest.seed,
         **conclusion.model_dump(mode="json"),
         "progress": {**whole.model_dump(), "missing": whole.missing},
+        **_filter(manifest),
         "confidence": CONFIDENCE,
         "gates": [gate.model_dump(mode="json") for gate in gates],
         "cells": [
@@ -76,6 +77,19 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
             for cell in manifest.cells
         ],
         "timings": timings,
+    }
+
+
+def _filter(manifest: Manifest) -> dict[str, Any]:
+    """How many samples the data set's filter left out and why, if it has one."""
+    found = manifest.provenance.get("filter")
+    if found is None:
+        return {}
+    return {
+        "filter": {
+            **found,
+            "left_out": {why: len(ids) for why, ids in found["left_out"].items()},
+        }
     }
 
 

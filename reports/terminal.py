@@ -82,6 +82,13 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
         )
     if progress["missing"]:
         found.append(f"{count(progress['missing'], 'trial')} did not run; run again to resume.")
+    if "filter" in summary:
+        rule = summary["filter"]
+        why = ", ".join(f"{number} {reason}" for reason, number in rule["left_out"].items())
+        found.append(
+            f"filter {rule['rule']} kept {rule['kept']} of {rule['asked']} samples"
+            + (f" (left out: {why}); manifest.json lists them." if why else ".")
+        )
     small = [cell["n"] for cell in cells if 0 < cell["n"] < 30]
     if small:
         found.append(
