@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a page is written here, and its lines are long
 """Make docs/results/compressors.md: ``python benchmarks/results_compressors.py``.
 
 Runs ``redteam measure scenarios/compressors.yaml --retention 0.5,0.25,0.11`` and writes its table.
