@@ -31,6 +31,9 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "visiondrop": "targets.compression.visiondrop:VisionDrop",
         "catp": "targets.compression.catp:CATP",
         "vasparse": "targets.compression.vasparse:VASparse",
+        "token_sparse_attention": (
+            "targets.compression.token_sparse_attention:TokenSparseAttention"
+        ),
         "visionzip": "targets.compression.visionzip:VisionZip",
         "divprune": "targets.compression.divprune:DivPrune",
         "random": "targets.compression.random:Random",

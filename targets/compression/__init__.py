@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from targets.compression.session import CompressionSession, compress
     from targets.compression.sparsevlm import SparseVLM
     from targets.compression.sparsifiner import Sparsifiner
+    from targets.compression.token_sparse_attention import TokenSparseAttention
     from targets.compression.tokenflex import TokenFLEX
     from targets.compression.tome import ToMe
     from targets.compression.transprune import TransPrune
@@ -67,6 +68,7 @@ _HOMES: Final = {
     "Sparsifiner": "sparsifiner",
     "ToMe": "tome",
     "TokenFLEX": "tokenflex",
+    "TokenSparseAttention": "token_sparse_attention",
     "TransPrune": "transprune",
     "Uniform": "uniform",
     "VASparse": "vasparse",
@@ -103,6 +105,7 @@ __all__ = [
     "Sparsifiner",
     "ToMe",
     "TokenFLEX",
+    "TokenSparseAttention",
     "TransPrune",
     "Uniform",
     "VASparse",
