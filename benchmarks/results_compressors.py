@@ -29,10 +29,12 @@ WHY: Final = {
         "would keep. Equal to its slow reference: `tests/golden/test_hiprune.py`"
     ),
     "sparsevlm": (
-        "its raters are the words most similar to the image in the *input embeddings*, a "
-        "similarity this model never learned (its text model reads the question late), so the "
-        "wrong words rate; v1.5 also recycles dropped tokens by merging them, which blurs digits "
-        "and shapes here. Equal to its slow reference: `tests/golden/test_sparsevlm.py`"
+        "its raters are the words that the image is most similar to in the *input embeddings*, a "
+        "similarity this model never learned, and at the official layers, moved to its depth (1, 2 "
+        "and 3 of 6), the wrong words rate. With all words of the question rating instead, and "
+        "nothing else changed, it has .92 at 25 and at 11 %; dropping at layers 3 and 4 only it has "
+        "1.00 and .97; recycling makes no difference (.42 with and without at 25 %; 64 validation "
+        "samples each). Equal to its slow reference: `tests/golden/test_sparsevlm.py`"
     ),
 }
 """Why a method does not beat random tokens at 11 %, with the evidence that it is what it says."""
