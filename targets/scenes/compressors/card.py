@@ -13,6 +13,7 @@ _TITLES: Final = {
     "explainability": "Generic compression by explainability",
     "quecc": "QueCC",
     "tokenflex": "TokenFLEX",
+    "sparsifiner": "Sparsifiner",
 }
 _WHAT: Final = {
     "explainability": """\
@@ -33,6 +34,12 @@ Adaptive average pooling to n x n, LayerNorm and a SwiGLU perceptron of width {n
 place of the projector. First taught to give what the model's own projector gives, pooled, then the
 answers to questions about {scenes:,} training scenes with n drawn from {sides} (probabilities
 {chances}) for each step.""",
+    "sparsifiner": """\
+Predictors of the attention of each of the {network[layers]} tower layers, of low rank in the
+{network[tokens]} tokens (1/{network[shrink]}): each query attends to the keys they name. Taught the
+dense attention of the frozen tower on {scenes:,} training scenes: squared error over the mean
+square of the attention. The table's first settings leave all tokens and mask attention; the others
+drop patches by the attention of CLS at three layers, which needs no weights.""",
 }
 _LIMITS: Final = {
     "explainability": """\
@@ -43,6 +50,11 @@ _LIMITS: Final = {
 - Vision tower and language model were frozen; the paper trains the language model with the module.
 - What a frozen language model gets out of few new tokens is least where the answer needs the whole
   picture (counting) or two neighbouring patches in their order (reading).""",
+    "sparsifiner": """\
+- The untrained twin is the predictor at its starting values (seed 0).
+- The tower was not fine-tuned under its masks, as the paper's is; attention that is cut costs
+  accuracy the paper's models get back.
+- Masks save no time here: attention is computed densely and hidden.""",
     "tokenflex": """\
 - The untrained twin is average pooling of the projected tokens (the baseline `pool`).
 - Vision tower and language model were frozen; the paper trains both in its later stages.

@@ -25,6 +25,7 @@ TOKENS: Final[dict[str, tuple[int, ...]]] = {
     "explainability": (72, 36, 16),
     "quecc": (36, 16, 9, 4, 1),
     "tokenflex": (64, 36, 16),
+    "sparsifiner": (72, 36, 16),
 }
 """Visual tokens left of 144: 50, 25 and 11 %, or the counts a method can make."""
 
@@ -38,10 +39,29 @@ def settings(name: str, folder: Path) -> dict[str, Compressor | None]:
         "quecc": QueCC,
         "tokenflex": TokenFLEX,
     }
+    if name == "sparsifiner":
+        return connections(folder)
     out: dict[str, Compressor | None] = {"full tokens": None}
     for tokens in TOKENS[name]:
         out[f"{tokens} tokens"] = kinds[name](keep_tokens=tokens, weights=str(folder))
         out[f"{tokens} tokens, untrained"] = kinds[name](keep_tokens=tokens, weights="none")
+        out[f"{tokens} tokens at random"] = Random(keep_tokens=tokens)
+    return out
+
+
+def connections(folder: Path) -> dict[str, Compressor | None]:
+    """Sparsifiner's settings: sparse attention without dropping, and dropping without weights."""
+    from targets.compression import Random, Sparsifiner
+
+    out: dict[str, Compressor | None] = {"full tokens": None}
+    for share in (0.5, 0.25, 0.1):
+        for label, weights in (("", str(folder)), (", untrained", "none")):
+            sparse = Sparsifiner(retention=1.0, connections=share, weights=weights)
+            out[f"{share:.0%} of connections{label}"] = sparse
+    for tokens in TOKENS["sparsifiner"]:
+        out[f"{tokens} tokens, dense"] = Sparsifiner(keep_tokens=tokens)
+        both = Sparsifiner(keep_tokens=tokens, connections=0.5, weights=str(folder))
+        out[f"{tokens} tokens, 50% of connections"] = both
         out[f"{tokens} tokens at random"] = Random(keep_tokens=tokens)
     return out
 

@@ -50,7 +50,7 @@ class Recipe:
     heads: int = 4
     noise: float = 12 / 255
     how: training.Optimisation = field(
-        default_factory=lambda: training.Optimisation(seed=1, steps=6_500, batch=32, lr=2e-3)
+        default_factory=lambda: training.Optimisation(seed=1, steps=5_000, batch=32, lr=1e-3)
     )
 
 
