@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import slow_tower
 import slow_trained as slow
 import torch
 from torch import Tensor
 
-from targets.compression import Pool, PruMerge, QueCC, TokenFLEX
+from targets.compression import Pool, PruMerge, QueCC, TokenFLEX, ToMe
 from targets.compression.base import Compressor
 
-METHODS = ("quecc", "tokenflex", "pool", "prumerge")
+TOWER = ("tome", "attentive_removal", "sparsifiner")
+METHODS = ("quecc", "tokenflex", "pool", "prumerge", *TOWER)
 LEVELS = (1, 2)
 """Layers of QueCC's keys and values in a tower of three layers: 12, 16, 22 and 23 of 23."""
 
@@ -29,6 +31,8 @@ def made_by_hand(
         side: of the grid.
         prompt: length of the prompt.
     """
+    if one.name in TOWER:
+        return inside_by_hand(model, pixels, one)
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     features = hidden[-1][0, 1:]
     if isinstance(one, PruMerge):
@@ -88,3 +92,23 @@ def _prumerge(
     gone = [j for j in order if j not in kept]
     made.append(sum(paid[j] * features[j] for j in gone))
     return torch.stack(made), [*kept, gone[0]]
+
+
+def inside_by_hand(model: Any, pixels: Tensor, one: Compressor) -> tuple[Tensor, list[int]]:
+    """Of methods that shorten the tower from inside: 36 patches, 9 left, three layers."""
+    projector = model.model.multi_modal_projector
+    if isinstance(one, ToMe) and one.variant == "post":
+        patches = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+        tokens, _ = slow_tower.tome_post(projector(patches[0, 1:]), 9)
+        return torch.stack([token.value for token in tokens]), [token.place for token in tokens]
+    if isinstance(one, ToMe):
+        left = {"constant": (27, 18, 9), "decreasing": (18, 9, 9)}[one.schedule]
+        tokens, _ = slow_tower.tome(model, pixels, left)
+        if one.order == "spatial":
+            tokens = sorted(tokens, key=lambda token: token.place)
+    elif one.name == "attentive_removal":
+        tokens, _ = slow_tower.attentive(model, pixels, 9)
+    else:
+        tokens, _ = slow_tower.sparsifiner(model, pixels, {1: 18, 2: 9})
+    features = torch.stack([token.value for token in tokens])
+    return projector(features), [token.place for token in tokens]

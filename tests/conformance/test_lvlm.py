@@ -180,7 +180,8 @@ def test_swapping_selections(target: LVLM, compressor: Compressor) -> None:
     assert torch.equal(swapped.kept, first.kept)
     back = target.answer(images, tiny.QUESTIONS, compressor=compressor, kept=first.selection)
     assert back.texts == first.texts
-    if len(compressor.cuts(4)) == 1 and bool(first.kept.any(1).all()):
+    anew = compressor.name == "tome"  # merged in the layers otherwise than from a bare set
+    if len(compressor.cuts(4)) == 1 and bool(first.kept.any(1).all()) and not anew:
         # A bare set is imposed at every cut, and says nothing of tokens that are made anew.
         plain = target.answer(images, tiny.QUESTIONS, compressor=compressor, kept=first.kept)
         assert plain.texts == first.texts

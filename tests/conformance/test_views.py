@@ -18,7 +18,7 @@ from targets.base import (
     Knowledge,
     WhiteBoxView,
 )
-from targets.compression import FastV, VisionZip, ZooPrune
+from targets.compression import AttentiveRemoval, FastV, VisionZip, ZooPrune
 from targets.compression.base import Compressor, Stage
 from targets.errors import KnowledgeError, TargetError
 from targets.lvlm import LVLM
@@ -164,6 +164,11 @@ def probes(compressor: Compressor) -> int:
     return compressor.directions * (2 if compressor.estimate == "difference" else 1)
 
 
+def looks(compressor: Compressor) -> int:
+    """How often a compressor runs the whole tower's perceptrons before the pass that counts."""
+    return int(isinstance(compressor, AttentiveRemoval))
+
+
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_rank_runs_nothing_behind_the_ranking_point(
     compressor: Compressor, feature_layer: int
@@ -176,7 +181,7 @@ def test_rank_runs_nothing_behind_the_ranking_point(
     reached = next(cut for cut in compressor.cuts(4) if cut.drops).reads or 0
     expected = {"patches": 1, "projector": 1 + probes(compressor), "head": 0}
     deepest = max((3 + feature_layer, *compressor.tower_layers(3, 3 + feature_layer)))
-    expected |= {f"vision {i}": int(i <= deepest) for i in range(3)}
+    expected |= {f"vision {i}": int(i <= deepest) + looks(compressor) for i in range(3)}
     expected |= {f"text {i}": int(i < reached) for i in range(4)}
     assert counts == expected
     with calls_of(parts(model)) as counts:
@@ -191,7 +196,12 @@ def test_everything_runs_once_in_a_shared_pass(compressor: Compressor) -> None:
     view: Any = LVLM(model, tiny.build_processor()).view(Knowledge.WHITE_BOX, compressor)
     with calls_of(parts(model)) as counts:
         view.full_and_rank(tiny.pictures(3), tiny.QUESTIONS, tiny.ANSWERS)
-    assert counts.pop("projector") == 1 + probes(compressor)
+    # Where the tower is shortened inside, another one ranks than the one that answers.
+    towers = 1 + int(compressor.stage is Stage.TOWER)
+    seen = {name: counts.pop(name) for name in [*counts] if name.startswith("vision")}
+    assert set(seen.values()) == {towers + looks(compressor)}
+    assert counts.pop("patches") == towers
+    assert counts.pop("projector") == towers + probes(compressor)
     assert set(counts.values()) == {1}
     with calls_of(parts(model)) as counts:
         view.answer_nll(
@@ -204,6 +214,8 @@ def test_everything_runs_once_in_a_shared_pass(compressor: Compressor) -> None:
     # New tokens that were made in front of the projector go through it as well.
     again = int(compressor.merges and compressor.stage is Stage.VISION)
     assert counts.pop("projector") - probes(compressor) in {1, 1 + again}
+    seen = {name: counts.pop(name) for name in [*counts] if name.startswith("vision")}
+    assert set(seen.values()) == {1 + looks(compressor)}
     assert set(counts.values()) == {1}
 
 
