@@ -87,12 +87,12 @@ class Shuffled(Family):
         """Factor on query · key of a layer of the tower."""
 
     def refuses(self, compressor: Compressor) -> str | None:
-        """A shortened tower has no square of patches left to shuffle."""
+        """Those that change the tower work patch by patch, and a token is a block of them."""
         if compressor.stage is Stage.TOWER:
             return (
-                f"it leaves the vision tower with fewer patches, but a token of {self.name} is a "
-                f"block of {self.shrink} × {self.shrink} patches of a whole square; use one that "
-                "acts behind the tower"
+                "it changes the vision tower from inside, patch by patch, which is not supported "
+                f"where a token is a block of {self.shrink} × {self.shrink} patches, as in "
+                f"{self.name}; use one that acts behind the tower"
             )
         return super().refuses(compressor)
 

@@ -127,6 +127,21 @@ def test_first_size_is_bounded_as_in_the_image_processor(
     assert ours.resized(size) == truth.shape[1:]
 
 
+@pytest.mark.parametrize(
+    ("tile", "patch", "shrink", "longest", "tokens"),
+    [(364, 14, 2, 4 * 364, (4 * 3 + 1) * 169), (512, 16, 4, 2048, (4 * 3 + 1) * 64)],
+)
+def test_counts_of_published_sizes(
+    tile: int, patch: int, shrink: int, longest: int, tokens: int
+) -> None:
+    """Idefics3-8B and SmolVLM: 169 and 64 tokens a tile."""
+    image_processor = processor(
+        size={"longest_edge": longest}, max_image_size={"longest_edge": tile}
+    )
+    geometry = config(shrink=shrink, image_size=tile, patch_size=patch)
+    assert Idefics3Preprocessor.of(image_processor, geometry).layout((480, 640)).tokens == tokens
+
+
 def test_pictures_of_a_batch_are_rows() -> None:
     pictures = [picture((64, 100), seed) for seed in range(3)]
     ours = Idefics3Preprocessor.of(processor(), config())

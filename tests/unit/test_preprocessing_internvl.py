@@ -113,6 +113,14 @@ def test_tokens_lie_where_the_layout_says(size: tuple[int, int]) -> None:
         assert cells.argmax() == layout.row[token] * ours.tokens[1] + layout.column[token]
 
 
+def test_counts_of_a_published_size() -> None:
+    """InternVL3: tiles of 448 pixels, 256 tokens each."""
+    image_processor = processor(size={"height": 448, "width": 448})
+    ours = InternVLPreprocessor.of(image_processor, config(image_size=448, patch_size=14))
+    assert ours.layout((480, 640)).tokens == (4 * 3 + 1) * 256
+    assert ours.layout((448, 448)).tokens == 256
+
+
 def test_the_thumbnail_is_the_base() -> None:
     ours = InternVLPreprocessor.of(processor(), config())
     layout = ours.layout((64, 96))
