@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from redteam.datasets.base import Sample
 from redteam.datasets.filters import Filter, why_left_out, without
 from redteam.datasets.scenes import Drawn, Scenes
 from redteam.datasets.subset import choose
+from redteam.engines import local
+from redteam.engines.local import LocalEngine
 from redteam.evaluation import Asker
+from redteam.plan import make_plan
+from redteam.scenario import Method, load_scenario
 from redteam.screening import described, recorded, screen
 
 IDS = [f"s{i}" for i in range(20)]
@@ -157,3 +162,40 @@ def test_what_the_manifest_keeps() -> None:
     assert kept["left_out"] == {"right on a black image": ["a", "c"], "wrong": ["b"]}
     assert recorded({"filter": kept}) == {"a", "b", "c"}
     assert recorded({}) == set()
+
+
+TWO = """\
+name: two
+targets: [{type: scenes, checkpoint: scenes-a}, {type: scenes, checkpoint: scenes-b}]
+dataset: {type: scenes, samples: 4, filter: clean_right}
+compressions: [{type: uniform, retention: 0.5}]
+attacks: [{type: noise}]
+epsilons: [8/255]
+engine: {device: cpu}
+"""
+
+
+def test_a_sample_stays_if_every_target_qualifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s.yaml").write_text(TWO)
+    plan = make_plan(load_scenario(tmp_path / "s.yaml"))
+    samples = plan.scenario.dataset.create().open()
+    ids = samples.ids
+    labels = [target.label for target in plan.scenario.targets]
+    fates = {labels[0]: {ids[0]: "wrong"}, labels[1]: {ids[0]: "wrong", ids[2]: "wrong"}}
+    opened: list[str] = []
+
+    def opening(_: LocalEngine, target: Method) -> str:
+        opened.append(target.label)
+        return target.label
+
+    monkeypatch.setattr(LocalEngine, "_open", opening)
+    monkeypatch.setattr(local, "screen", lambda label, *_: fates[label])
+    engine = LocalEngine(plan, samples, "cpu")
+    assert engine.screen("clean_right") == {
+        ids[0]: f"{labels[0]}: wrong",
+        ids[2]: f"{labels[1]}: wrong",
+    }
+    assert engine._samples.ids == (ids[1], ids[3])
+    assert opened == labels[::-1], "the first stays loaded"
