@@ -45,9 +45,7 @@ def gain_when_chosen(
         counts: long ``[I]``, how many of `order` count.
         valid: bool ``[I, V]``.
     """
-    steps = torch.arange(order.shape[1], device=order.device)
-    real = steps < counts[:, None]
-    reached = gather_rows(alike, order).transpose(1, 2).masked_fill(~real[:, None], 0)
+    reached = gather_rows(alike, order).transpose(1, 2)
     # covered[:, x, p]: how well x is covered by the first p chosen ones.
     covered = torch.nn.functional.pad(reached.cummax(2).values, (1, 0))
     place = places_of(order, counts, alike.shape[1])
