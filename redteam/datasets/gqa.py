@@ -89,8 +89,8 @@ class Joined:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those of the questions."""
-        return self._table.columns
+        """Those of the questions, and the picture."""
+        return (*self._table.columns, "image")
 
     def records(self, wanted: Sequence[str]) -> Iterator[Record]:
         """The questions."""

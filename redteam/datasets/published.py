@@ -81,7 +81,7 @@ class Published(ABC):
 
     def _records(self) -> Iterator[tuple[Table, Record]]:
         for table in self.tables(self.config):
-            require(table, self.wanted, self.path or self.repo)
+            require(table, (*self.wanted, "image"), self.path or self.repo)
             there = [column for column in self.optional if column in table.columns]
             for record in table.records([*self.wanted, *there]):
                 yield table, record

@@ -270,6 +270,8 @@ def test_a_layout_may_be_one_file_or_json_lines(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[Callable[..., Published], list[dict[str, Any]], str]] = {
     "column": (Pope, [{"question_id": "1", "question": "?"}], "no column 'answer'; it has"),
+    "image": (Pope, [{**POPE[0], "image": "x"}], "row 0: image 'x' cannot be read"),
+    "no image": (Pope, [{"question_id": "1", "question": "?", "answer": "no"}], "column 'image'"),
     "neither": (Pope, [{**POPE[0], "answer": "maybe"}], "row 0: 'answer' is 'maybe'"),
     "question": (Pope, [{**POPE[0], "question": None}], "row 0: 'question' is None"),
     "twice": (Pope, [POPE[0], POPE[0]], "row 1: id 'adversarial/1' is used before, at .* row 0"),
