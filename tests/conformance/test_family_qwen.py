@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from families import qwen, qwen2_5_vl, qwen2_vl, qwen3_vl
-from families.qwen_runs import STEPS, by_hand, decode, positions_of, single, with_tokens
+from families.qwen_runs import (
+    STEPS,
+    by_hand,
+    decode,
+    merged_by_hand,
+    positions_of,
+    single,
+    with_tokens,
+)
 
 from targets.compression import DivPrune, FastV, Random, Uniform, VisionZip, compress
 from targets.compression.base import Compressor
@@ -115,6 +123,18 @@ def test_equals_calling_the_layers_by_hand(model: Any, name: str) -> None:
     assert torch.allclose(ours[0], truth[0, -STEPS:], **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["visionzip", "visionzip kept"])
+def test_merging_equals_calling_the_layers_by_hand(model: Any, name: str) -> None:
+    """A merged token has the position and the DeepStack features of the one it was made around."""
+    compressor, batch = COMPRESSORS[name], BATCHES["one image"]
+    with compress(model, compressor) as session:
+        ours = decode(model, batch)
+    assert int((session.trace.selection.targets >= 0).sum()) > 0
+    longer = with_tokens(batch, ours[:, :-1].argmax(-1))
+    truth = merged_by_hand(model, longer, compressor, session.trace)
+    assert torch.allclose(ours[0], truth[0, -STEPS:], **CLOSE)
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
 @pytest.mark.parametrize("positions", ["keep", "reindex"])
 def test_deepstack_follows_a_cut_at_any_layer(layer: int, positions: Any) -> None:
@@ -209,7 +229,9 @@ def test_nothing_stays_behind(sdpa: Any, compressor: Compressor) -> None:
 @pytest.mark.parametrize(
     "where", ["model.visual.merger", "model.language_model.layers.1.mlp", "lm_head"]
 )
-def test_hooks_go_when_the_model_fails(sdpa: Any, compressor: Compressor, where: str) -> None:
+@pytest.mark.parametrize("name", ["fastv", "visionzip"])
+def test_hooks_go_when_the_model_fails(sdpa: Any, name: str, where: str) -> None:
+    compressor = COMPRESSORS[name]
     batch, text = BATCHES["padded"], sdpa.model.language_model
     plain = decode(sdpa, batch, 2)
     before, names = hooks(sdpa), set(text.__dict__)
@@ -228,12 +250,13 @@ def test_hooks_go_when_the_model_fails(sdpa: Any, compressor: Compressor, where:
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_bfloat16_runs(name: str, compressor: Compressor) -> None:
+def test_bfloat16_runs(name: str) -> None:
     model = BUILT[name].build_model().to(torch.bfloat16)
     batch = {**BATCHES["mixed"]}
     batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
-    with compress(model, compressor) as session:
-        made = model.generate(**batch, max_new_tokens=4, do_sample=False)
-    assert made.shape[0] == 3
-    assert session.trace.score.dtype == torch.float32
-    assert bool(session.trace.score.isfinite().all())
+    for compressor in COMPRESSORS.values():
+        with compress(model, compressor) as session:
+            made = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        assert made.shape[0] == 3
+        assert session.trace.score.dtype == torch.float32
+        assert bool(session.trace.score.isfinite().all())

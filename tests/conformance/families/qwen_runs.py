@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from families import qwen
 from torch import Tensor
 from transformers import DynamicCache
 
+from families import qwen
 from targets.compression.base import Compressor
 from targets.compression.trace import Trace
 
@@ -108,6 +108,54 @@ def by_hand(model: Any, batch: dict[str, Any], one: Compressor, trace: Trace) ->
                 if which >= 0:
                     hidden[0, column] += deep[number][which]
     return model.lm_head(text.norm(hidden))
+
+
+@torch.no_grad()
+def merged_by_hand(model: Any, batch: dict[str, Any], one: Compressor, trace: Trace) -> Tensor:
+    """The same for VisionZip and one picture: which tokens join is taken over, nothing else.
+
+    Merged tokens stand behind one another where the picture began; each has the position and the
+    DeepStack features of the token it was made around.
+    """
+    ids, core, selection = batch["input_ids"], model.model, trace.selection
+    places = batch["mm_token_type_ids"][0].nonzero().flatten()
+    encoded = core.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+    order = tower_order(core, batch["image_grid_thw"])
+    tokens = encoded.last_hidden_state.view(len(places), -1)[order]
+    made = [tokens[token] for token in selection.kept[0].nonzero().flatten().tolist()]
+    sources = selection.kept[0].nonzero().flatten().tolist()
+    for number, target in enumerate(selection.targets[0].tolist()):
+        joined = tokens[selection.assignment[0] == number]
+        made.append(tokens[target] + (joined.mean(0) if len(joined) else 0))
+        sources.append(target)
+    wide = core.visual.merger(torch.cat(made).view(len(made) * qwen.MERGE**2, -1))
+    first, behind = int(places[0]), int(places[-1]) + 1
+    words = model.get_input_embeddings()(ids)
+    hidden = torch.cat([words[:, :first], wide[None], words[:, behind:]], 1)
+    positions = positions_of(model, batch)
+    index = [*range(first), *(first + source for source in sources), *range(behind, ids.shape[1])]
+    positions = positions[..., index]
+    if one.reindexes:
+        positions = torch.arange(len(index)).expand(3, 1, -1)
+    deep = [torch.cat(list(one)) for one in getattr(encoded, "deepstack_features", None) or []]
+    rope = core.language_model.rotary_emb(hidden, positions)
+    causal = torch.full((1, 1, len(index), len(index)), torch.finfo(hidden.dtype).min).triu(1)
+    for number, layer in enumerate(core.language_model.layers):
+        hidden = layer(hidden, attention_mask=causal, position_embeddings=rope)
+        if number < len(deep):
+            hidden[0, first : first + len(sources)] += deep[number][sources]
+    return model.lm_head(core.language_model.norm(hidden))
+
+
+def tower_order(core: Any, grids: Tensor) -> Tensor:
+    """For each token of one picture, row by row, its place inside the tower."""
+    tower = core.visual
+    if not hasattr(tower, "window_size"):
+        return torch.arange(int(grids.prod()) // qwen.MERGE**2)
+    from transformers.vision_utils import get_vision_window_index
+
+    index, _ = get_vision_window_index(grids, qwen.MERGE, tower.window_size, tower.patch_size)
+    return index.argsort()
 
 
 def _counts(batch: dict[str, Any]) -> list[int]:
