@@ -166,8 +166,7 @@ class ToMe(InsideTower):
         if self.stage is Stage.TOWER:
             return super().score(seen)
         rounds = _Rounds.of(seen, seen.counts)
-        each = [tokens.at_places(score) for tokens, score in rounds.scores]
-        return _scores(torch.stack(each).mean(0), rounds.tokens.survivors(), seen.valid)
+        return _scores(rounds.score, rounds.tokens.survivors(), seen.valid)
 
     def complete(self, kept: Tensor, seen: Seen) -> Selection:
         """What is merged into what, with the kept places."""
@@ -191,12 +190,20 @@ class ToMe(InsideTower):
 
 @dataclass(frozen=True, slots=True)
 class _Rounds:
-    """Rounds of merging outside the tower: the tokens that are left, and how they came about."""
+    """Rounds of merging outside the tower: the tokens that are left, and how they came about.
+
+    Attributes:
+        hidden: ``[I, S, D]``.
+        tokens: those.
+        steps: one a round.
+        score: ``[I, V]`` mean distance to the nearest token over the rounds in which an image
+            merges; over the first alone where it does not.
+    """
 
     hidden: Tensor
     tokens: Tokens
     steps: list[Step]
-    scores: list[tuple[Tokens, Tensor]]
+    score: Tensor
 
     @staticmethod
     def of(seen: Seen, counts: Tensor | None, forced: Selection | None = None) -> _Rounds:
@@ -204,22 +211,25 @@ class _Rounds:
         tokens, order = Tokens.living(seen.valid)
         hidden = gather_rows(seen.features, order).masked_fill(~tokens.alive[..., None], 0)
         steps: list[Step] = []
-        scores: list[tuple[Tokens, Tensor]] = []
+        score, rounds = torch.zeros((), device=hidden.device), torch.zeros_like(tokens.count)
         while True:
             metric = unit(hidden)
-            scores.append((tokens, distinctness(metric, tokens, 0)))
+            far = tokens.at_places(distinctness(metric, tokens, 0))
             if forced is not None:
                 step = _imposed(metric.detach(), tokens, forced, len(steps))
             else:
                 wanted = tokens.count if counts is None else counts
                 merges = torch.minimum(tokens.count - wanted, tokens.count // 2)
                 step = matched(metric.detach(), tokens, merges, 0)
+            # Not how many rounds others take may count, but how many the image itself does.
+            merging = tokens.count != (tokens if step is None else step.after).count
+            counts_here = merging | (rounds == 0)
+            score, rounds = score + far * counts_here[:, None], rounds + counts_here
             if step is None:
                 break
             steps.append(step)
             hidden, tokens = step.averaged(hidden), step.after
-        # Where anything was merged, what comes behind the last round is compared with nothing.
-        return _Rounds(hidden, tokens, steps, scores[: max(1, len(steps))])
+        return _Rounds(hidden, tokens, steps, score / rounds[:, None])
 
 
 def _imposed(metric: Tensor, tokens: Tokens, forced: Selection, number: int) -> Step | None:

@@ -13,6 +13,7 @@ from torch import nn
 from targets.compression import trained
 from targets.compression.explainability_net import RelevanceNet
 from targets.compression.quecc_net import QueryCompressor
+from targets.compression.sparsifiner_net import Connectivity
 from targets.compression.tokenflex_net import FlexProjector
 
 TINY = {"text_width": 32, "text_layers": 4, "vision_width": 32, "vision_layers": 3}
@@ -23,6 +24,7 @@ _NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         QueryCompressor,
         {"vision": 32, "text": 32, "levels": 2, "heads": 4, "strides": [2, 3, 6]},
     ),
+    "sparsifiner": (Connectivity, {"layers": 3, "tokens": 37, "width": 8}),
     "tokenflex": (FlexProjector, {"vision": 32, "text": 32, "hidden": 24}),
 }
 _FOLDER = tempfile.TemporaryDirectory(prefix="redteam-weights-")
