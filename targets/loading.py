@@ -138,6 +138,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     attention: str,
+    asked: str,
     spread: bool,
     trust_remote_code: bool,
 ) -> tuple[Any, Any]:
@@ -157,6 +158,7 @@ def load(
         raise TargetError(f"model folder {source} does not exist")
     where = str(folder) if folder.is_dir() else str(source)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    attention = _of_family(where, attention, asked, common)
     try:
         # Both name the revision; a bare download without it would not be repeatable.
         processor = load_processor(where, **common)
@@ -177,6 +179,22 @@ def load(
         model.to(device)
     model.eval().requires_grad_(False)
     return model, processor
+
+
+def _of_family(where: str, attention: str, asked: str, common: dict[str, Any]) -> str:
+    """What a family needs where the user left the choice to us."""
+    from transformers import AutoConfig
+
+    from targets.families import adapter_of
+
+    if asked != "auto":
+        return attention
+    try:
+        config = AutoConfig.from_pretrained(where, **common)  # nosec B615
+    except (OSError, ValueError):
+        return attention  # loading the model will say what is wrong
+    adapter = adapter_of(config.model_type)
+    return (adapter.attention(config) if adapter is not None else None) or attention
 
 
 def check_folder(folder: Path) -> None:

@@ -116,6 +116,7 @@ class LVLM:
             device=place,
             dtype=kind,
             attention=attention,
+            asked=attn_implementation,
             spread=loading.spreads(device_map, source, place),
             trust_remote_code=trust_remote_code,
         )

@@ -59,7 +59,7 @@ def pace(
     inputs, layout, size = passes.inputs(images, compressor)
     prompt = passes.prompts.prompt(questions, layout, size)
     cache = DynamicCache(config=family.model.config)
-    arguments = {**family.cast(inputs), **family.extras(prompt.ids, prompt.mask)}
+    arguments = {**family.cast(inputs), **family.extras(prompt.ids, prompt.mask, 0)}
     session = None if compressor is None else compress(family.model, compressor, family=family)
     with nullcontext() if session is None else session:
         started = _now(family.device)

@@ -208,7 +208,7 @@ class Passes:
                 attention_mask=prompt.mask,
                 generation_config=config,
                 **self.family.cast(inputs),
-                **self.family.extras(prompt.ids, prompt.mask),
+                **self.family.extras(prompt.ids, prompt.mask, 0),
             )
             return ids[:, prompt.ids.shape[1] :]
 
@@ -216,7 +216,8 @@ class Passes:
 
     def _run(self, prompt: Prompt, inputs: dict[str, Tensor]) -> Tensor:
         encoded = self.family.encoded(inputs)
-        return self.family.run(prompt.ids, prompt.mask, encoded, inputs)
+        answers = prompt.targets.shape[1] - 1 if isinstance(prompt, Dialogue) else 0
+        return self.family.run(prompt.ids, prompt.mask, encoded, inputs, answers)
 
     def _logprobs(self, hidden: Tensor, talk: Dialogue) -> Tensor:
         tail = hidden[:, hidden.shape[1] - talk.targets.shape[1] :]

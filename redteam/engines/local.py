@@ -165,6 +165,9 @@ class LocalEngine:
                     seeds=[0],
                     max_new_tokens=1,
                 )
+                weak = model.family.known_weak.get(compression.type)
+                if weak:
+                    self._warn(f"{compression.label} on {target.label}: known to be weak: {weak}")
             except TargetError as error:
                 message = f"does not fit target {target.label!r}: {error}"
                 raise PlanError(str(compression.problem(message))) from error

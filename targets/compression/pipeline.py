@@ -36,8 +36,10 @@ class Pipeline(Compressor):
         """Check the order."""
         if not self.stages:
             raise CompressionError("compressor pipeline: stages is empty; give at least one")
-        places = [_place(one) for one in self.stages]
-        if places != sorted(places):
+        stages = [_ORDER.index(one.stage) for one in self.stages]
+        # Methods with several cuts have no one layer; their cuts are interleaved with the others'.
+        layers = [one.prunes_at for one in self.stages if one.prunes_at is not None]
+        if stages != sorted(stages) or layers != sorted(layers):
             names = [f"{one.name} ({one.stage.value})" for one in self.stages]
             raise CompressionError(
                 f"compressor pipeline: stages {', '.join(names)} are not in the order they act; "
@@ -100,9 +102,7 @@ def owned(parts: Sequence[Compressor], layers: int) -> tuple[Cut, ...]:
     return tuple(sorted(found, key=_when))
 
 
-def _when(cut: Cut) -> tuple[int, int]:
-    return _ORDER.index(cut.stage), -1 if cut.reads is None else cut.reads
-
-
-def _place(one: Compressor) -> tuple[int, int]:
-    return _ORDER.index(one.stage), -1 if one.prunes_at is None else one.prunes_at
+def _when(cut: Cut) -> tuple[int, int, int]:
+    """Of two that rank at one layer, the one that drops there comes first: it changes the input."""
+    reads = -1 if cut.reads is None else cut.reads
+    return _ORDER.index(cut.stage), reads, reads if cut.layer is None else cut.layer

@@ -25,21 +25,29 @@ SUPPORTED: Final = {
 """``config.model_type`` → where its adapter lives; a new family is one line and one file."""
 
 
+def adapter_of(kind: str | None) -> type[Family] | None:
+    """The adapter class for a ``config.model_type``; None if there is none."""
+    import importlib
+
+    if kind not in SUPPORTED:
+        return None
+    module, name = SUPPORTED[kind].split(":")
+    found: type[Family] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def family_of(model: Any) -> Family:  # noqa: ANN401 - transformers is untyped
     """The adapter for a loaded model.
 
     Raises:
         TargetError: if its family is not supported.
     """
-    import importlib
-
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in SUPPORTED:
+    adapter: Any = adapter_of(kind)
+    if adapter is None:
         raise TargetError(
             f"models of type {kind!r} ({type(model).__name__}) are not supported; supported: "
             f"{', '.join(sorted(SUPPORTED))}"
         )
-    module, name = SUPPORTED[kind].split(":")
-    adapter: type[Any] = getattr(importlib.import_module(module), name)
     family: Family = adapter(model)
     return family

@@ -48,6 +48,7 @@ class Family(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]]
+    known_weak: ClassVar[dict[str, str]] = {}
     any_size: ClassVar[bool] = False
 
     model: Any
@@ -61,6 +62,16 @@ class Family(ABC):
     tower_depth: int
     image_size: tuple[int, int] = (224, 224)
     encoder: TowerEncoder | None = None
+
+    @classmethod
+    def attention(cls, config: Any) -> str | None:  # noqa: ANN401 - of transformers
+        """The attention implementation `auto` has to take; None leaves the choice.
+
+        Args:
+            config: of the model, before it is loaded.
+        """
+        del config
+        return None
 
     # Pictures -----------------------------------------------------------------------------------
 
@@ -111,9 +122,15 @@ class Family(ABC):
             )
         return None
 
-    def extras(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Further arguments of ``forward`` and ``generate`` made from the token ids ``[B, L]``."""
-        del ids, mask
+    def extras(self, ids: Tensor, mask: Tensor, answers: int | None = None) -> dict[str, Tensor]:
+        """Further arguments of ``forward`` and ``generate`` made from the token ids.
+
+        Args:
+            ids: ``[B, L]``.
+            mask: ``[B, L]``.
+            answers: trailing columns that are answers; None where nobody knows.
+        """
+        del ids, mask, answers
         return {}
 
     # Vision tower -------------------------------------------------------------------------------
@@ -193,6 +210,7 @@ class Family(ABC):
         mask: Tensor,
         encoded: Any,  # noqa: ANN401 - of transformers
         inputs: dict[str, Tensor],
+        answers: int = 0,
     ) -> Tensor:
         """Last hidden states ``[B, n, D]`` of prompts whose images are already encoded.
 
@@ -201,6 +219,7 @@ class Family(ABC):
             mask: ``[B, L]`` 0 for padding.
             encoded: from `encoded`; None for prompts without images.
             inputs: what the images were encoded from.
+            answers: trailing columns that are answers.
         """
         sizes = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
         output = self.core(
@@ -210,7 +229,7 @@ class Family(ABC):
             use_cache=False,
             **self.positions(mask),
             **sizes,
-            **self.extras(ids, mask),
+            **self.extras(ids, mask, answers),
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

@@ -49,6 +49,11 @@ class GemmaFamily(Family):
     texts: ClassVar[tuple[str, ...]]
     grid: tuple[int, int]
 
+    @classmethod
+    def attention(cls, config: Any) -> str | None:  # noqa: ANN401 - of transformers
+        """Eager where logits are capped, which sdpa cannot; flash attention takes no 4-D mask."""
+        return "eager" if config.text_config.model_type == "gemma2" else "sdpa"
+
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         config = model.config
         vision, text = config.vision_config, config.text_config

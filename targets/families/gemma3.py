@@ -107,7 +107,7 @@ class Gemma3(GemmaFamily):
                 tiles.append(1)
         return tiles
 
-    def extras(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def extras(self, ids: Tensor, mask: Tensor, answers: int | None = None) -> dict[str, Tensor]:
         """Token types: 1 for image tokens, which see their whole block."""
         del mask
         return {"token_type_ids": (ids == self.image_token_id).long()}

@@ -103,7 +103,7 @@ class QwenVL(Family):
             for _, rows, columns in grids.tolist()
         ]
 
-    def extras(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def extras(self, ids: Tensor, mask: Tensor, answers: int | None = None) -> dict[str, Tensor]:
         """Which tokens are pictures, from which the model counts its position ids."""
         del mask
         return {"mm_token_type_ids": (ids == self.image_token_id).int()}

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from targets.compression import DivPrune, FastV, Random, Uniform, VisionZip, compress
+from targets.compression import DivPrune, FastV, PyramidDrop, Random, Uniform, VisionZip, compress
 from targets.compression.base import Compressor
 from targets.compression.pipeline import Pipeline
 from targets.errors import CompressionError
@@ -121,6 +121,20 @@ def test_stages_out_of_order_are_refused(sdpa: Any) -> None:
         compress(sdpa, (FastV(keep_tokens=9), VisionZip(keep_tokens=9)))
     with pytest.raises(CompressionError, match="at least one"):
         Pipeline(stages=())
+
+
+def test_methods_with_several_cuts_interleave(sdpa: Any) -> None:
+    """A cut in between belongs to the other method; the order of the list decides nothing there."""
+    staged, single = PyramidDrop(layers=(1, 3), keep_tokens=6), FastV(layer=2, keep_tokens=10)
+    images = tiny.pictures(3)
+    found = []
+    for parts in ((staged, single), (single, staged)):
+        with compress(sdpa, parts) as session:
+            found.append(decode(sdpa, tiny.QUESTIONS, images))
+        assert [cut.seen.cut.layer for cut in session.trace.cuts] == [1, 2, 3]
+        assert [cut.seen.cut.by for cut in session.trace.cuts] == [staged, single, staged]
+        assert session.trace.tokens[3].tolist() == [6] * 3
+    assert torch.equal(*found)
 
 
 def test_one_stage_is_that_compressor(sdpa: Any) -> None:

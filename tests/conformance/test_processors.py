@@ -45,8 +45,7 @@ def saved(family: str, folder: Path) -> tuple[Any, Any]:
 def test_a_saved_checkpoint_answers_as_the_model_in_memory(family: str, tmp_path: Path) -> None:
     model, processor = saved(family, tmp_path)
     images = torch.rand(2, 3, 50, 70, generator=torch.Generator().manual_seed(0))
-    attention = str(model.config.text_config._attn_implementation)
-    loaded = LVLM.load(tmp_path, attn_implementation=attention)
+    loaded = LVLM.load(tmp_path)
     assert loaded.identity["model_type"] == family
     one = FastV(retention=0.5)
     ours = loaded.answer(images, QUESTIONS, compressor=one, max_new_tokens=4)
@@ -54,6 +53,21 @@ def test_a_saved_checkpoint_answers_as_the_model_in_memory(family: str, tmp_path
     assert ours.texts == truth.texts
     assert ours.kept is not None
     assert torch.equal(ours.kept, truth.kept)
+
+
+def test_auto_is_what_the_family_needs(tmp_path: Path) -> None:
+    """Gemma 2 caps its attention logits, which only eager attention does."""
+    from families import paligemma
+
+    paligemma.build_second().save_pretrained(tmp_path)
+    processor = paligemma.build_processor()
+    processor.save_pretrained(tmp_path)
+    loaded = LVLM.load(tmp_path)
+    assert loaded.identity["attention"] == "eager"
+    images = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    lines = ["is there a red circle ?\nyes or no ?"]
+    assert loaded.option_scores(images, lines, ("yes", "no")).shape == (1, 2)
+    assert len(loaded.answer(images, lines, max_new_tokens=2).texts) == 1
 
 
 def test_video_parts_are_left_out_only_where_they_cannot_be_had(tmp_path: Path) -> None:
