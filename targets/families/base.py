@@ -38,6 +38,7 @@ class Family(ABC):
         known_weak: compressors known to do badly on this family, with the reason.
         any_size: whether pictures go in as large as they are, so that smaller ones have fewer
             tokens.
+        why_whole: why the tower has to give all patches, where it cannot be shortened inside.
         model: the model; core: the part below the language-model head.
         tower: vision tower. projector: from vision to text width. text: the language model.
         layers: decoder layers of `text`. image_token_id: the placeholder.
@@ -50,6 +51,7 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     known_weak: ClassVar[dict[str, str]] = {}
     any_size: ClassVar[bool] = False
+    why_whole: ClassVar[str] = "what follows the tower has to be given all of them"
 
     model: Any
     core: Any
@@ -117,8 +119,8 @@ class Family(ABC):
         """Why a compressor cannot work on this family, in plain words; None if it can."""
         if compressor.stage is Stage.TOWER:
             return (
-                f"it changes the vision tower from inside, which {self.model_types[0]} does not "
-                "allow; use one that acts behind the tower"
+                f"it leaves the vision tower with fewer patches, but {self.why_whole}; use one "
+                "that acts behind the tower"
             )
         return None
 

@@ -31,6 +31,9 @@ class Gemma3(GemmaFamily):
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
     texts: ClassVar[tuple[str, ...]] = ("gemma3_text",)
+    why_whole: ClassVar[str] = (
+        "a token of gemma3 is the mean of a square of patches of a whole grid"
+    )
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         super().__init__(model)

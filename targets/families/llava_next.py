@@ -54,9 +54,14 @@ class LlavaNext(Llava):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    why_whole: ClassVar[str] = (
+        "tiles are put together by the place of each patch, their padding cut off and their rows "
+        "separated"
+    )
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         super().__init__(model)
+        self.encoder = None
         self.packing = Packing.of(model.config)
         self._mixes = False
 

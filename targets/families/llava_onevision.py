@@ -27,6 +27,9 @@ class LlavaOnevision(LlavaNext):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    why_whole: ClassVar[str] = (
+        "tiles are put together by the place of each patch and interpolated as one picture"
+    )
 
     def preprocessing(self, processor: Any) -> Preprocessing:  # noqa: ANN401 - untyped
         """A view of the whole picture and tiles of it."""

@@ -24,6 +24,10 @@ class Qwen25VL(QwenVL):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    why_whole: ClassVar[str] = (
+        "its layers attend within windows of a whole grid, and each square of neighbouring patches "
+        "is merged into one token"
+    )
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         super().__init__(model)

@@ -41,6 +41,10 @@ class QwenVL(Family):
     """
 
     any_size: ClassVar[bool] = True
+    why_whole: ClassVar[str] = (
+        "all pictures run through it in one row, with positions by row and column, and each square "
+        "of neighbouring patches is merged into one token"
+    )
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers is untyped
         config = model.config

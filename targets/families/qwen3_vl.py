@@ -24,6 +24,10 @@ class Qwen3VL(QwenVL):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+    why_whole: ClassVar[str] = (
+        "squares of neighbouring patches are merged into tokens, behind the tower and behind some "
+        "of its layers"
+    )
 
     def attach(self, current: Any) -> Sequence[Any]:  # noqa: ANN401 - a function
         """Also puts itself around the addition of this one language model."""
