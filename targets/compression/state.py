@@ -213,7 +213,11 @@ def cut(
         bias = fresh if bias is None else bias + fresh
     shift = old.shift
     if by.reindexes:
-        positions, more = reindexed(positions, live)
+        fresh, more = reindexed(positions, live)
+        # A row that loses nothing keeps its ids: those of a grid have no gaps to be closed.
+        same = (live == old.mask.bool()).all(1)
+        positions = torch.where(same[:, None], positions, fresh)
+        more = more.masked_fill(same, 0)
         shift = more if shift is None else shift + more
     mask, whole, slots = live.long(), old.index, slots.after(kept, index)
     if index is not None:

@@ -112,10 +112,6 @@ def test_padded_batch_equals_single_runs(sdpa: Any, compressor: Compressor, case
     assert image == len(batched.trace.kept)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a row that loses nothing gets consecutive ids if another row of its batch is cut",
-)
 @pytest.mark.parametrize("one", [DivPrune(keep_tokens=12), VisionZip(keep_tokens=12)])
 def test_a_row_kept_whole_does_not_depend_on_its_batch(sdpa: Any, one: Compressor) -> None:
     """Its picture has 12 tokens, all of which stay; those of the others do not."""
