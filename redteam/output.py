@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from redteam.errors import RedteamError
+from redteam.errors import RedteamError, UsageError, nearest
 from reports.text import count, epsilon_text, plain
 from reports.verdict import ExitCode, Verdict
 
@@ -228,9 +228,22 @@ def show_plan(plan: Plan, samples: int, *, as_json: bool) -> None:
         console.print(f"roughly {duration(found.seconds)} on a CPU with two cores")
 
 
-def show_listing(what: str, *, as_json: bool) -> None:
-    """The end of ``redteam list``."""
+def show_listing(what: str, name: str | None, *, as_json: bool) -> None:
+    """The end of ``redteam list``: all of a kind, or one of them.
+
+    Raises:
+        UsageError: if there is none of that name.
+    """
     rows = _metrics() if what == "metrics" else _methods(what)
+    if name is not None:
+        known = [row["name"] for row in rows]
+        rows = [row for row in rows if row["name"] == name]
+        if not rows:
+            hint = nearest(name, known)
+            raise UsageError(
+                f"there is no {name!r} among {what}; known: {', '.join(known)}"
+                + (f"; {hint}" if hint else "")
+            )
     if as_json:
         write_json(rows)
         return
@@ -246,7 +259,9 @@ def show_listing(what: str, *, as_json: bool) -> None:
 
 
 def _yaml(value: object) -> str:
-    return str(json.dumps(value)) if not isinstance(value, str) else value
+    if isinstance(value, str) and value.isprintable() and value.strip():
+        return value
+    return str(json.dumps(value, ensure_ascii=False))
 
 
 def _metrics() -> list[dict[str, Any]]:

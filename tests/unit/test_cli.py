@@ -55,7 +55,7 @@ def test_help_is_fast_and_light(tmp_path: Path) -> None:
         started = time.perf_counter()
         out = redteam("--help", cwd=tmp_path).stdout
         times.append(time.perf_counter() - started)
-    for command in ("run", "validate", "plan", "list", "report", "doctor", "init"):
+    for command in ("run", "measure", "validate", "plan", "list", "report", "doctor", "init"):
         assert f"\n  {command} " in out
     assert min(times) < 0.8, f"0.25 s on an idle machine, here {times}"
 
@@ -153,3 +153,12 @@ def test_a_shadowed_package_is_named(tmp_path: Path) -> None:
         (folder / name).write_text((ROOT / "reports" / name).read_text())
     done = redteam("list", "attacks", cwd=tmp_path, code=3, path=str(tmp_path / "site"))
     assert f"package 'reports' of redteam is shadowed by {folder}" in done.stderr
+
+
+def test_one_of_a_kind_can_be_listed(tmp_path: Path) -> None:
+    one = redteam("list", "datasets", "pope", cwd=tmp_path).stdout
+    assert one.startswith("pope  ")
+    assert 'default "\\nAnswer the question' in one
+    assert "\nscenes" not in one
+    wrong = redteam("list", "compressors", "fastw", cwd=tmp_path, code=2)
+    assert "did you mean 'fastv'" in wrong.stderr
