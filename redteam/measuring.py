@@ -14,6 +14,7 @@ import numpy as np
 from redteam import provenance
 from redteam.batching import Batcher, Failure
 from redteam.datasets.base import Samples
+from redteam.datasets.scoring import scored, summarise
 from redteam.diagnosis import Bools, jaccard
 from redteam.errors import NothingSelected, PlanError
 from redteam.evaluation import Asker, Reply, Shot, of_one_size
@@ -196,6 +197,9 @@ class _Target:
             kept=_mean([kept[i].sum() if i in kept else sizes[i] for i in good]),
             tokens=_mean(list(sizes.values())),
             evidence_kept=self._evidence_kept(shots, kept),
+            scores=summarise(
+                [scored(r.answer.text, shots[index].sample) for index, r in good.items()]
+            ),
             errors=len(failed),
             error=failed[0].error.message[:500] if failed else None,
             **self._frequency(shots, kept),

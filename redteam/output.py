@@ -115,7 +115,7 @@ def show_report(
 
 def show_measurement(folder: Path, found: Measurement, *, as_json: bool) -> None:
     """The end of ``redteam measure``: a table for each target, files, and what to do next."""
-    from reports.measurement import COLUMNS, FILE, rows
+    from reports.measurement import COLUMNS, FILE, rows, scores_text
 
     if as_json:
         write_json({"folder": str(folder), **found.model_dump(mode="json")})
@@ -131,6 +131,10 @@ def show_measurement(folder: Path, found: Measurement, *, as_json: bool) -> None
         for row in rows(found, target):
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
+        for one in found.of(target):
+            own = scores_text(one)
+            if own:
+                console.print(Text(f"  {one.compression or 'all tokens'}: {own}"), soft_wrap=True)
         for method, _ in found.curves(target):
             best = found.practical(target, method)
             if best is None:

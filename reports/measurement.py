@@ -60,6 +60,8 @@ class Setting(_Record):
     """Visual tokens of a picture, mean over samples."""
     evidence_kept: float | None = None
     """Share of the tokens that show what is asked about among those kept, mean over samples."""
+    scores: dict[str, float] = Field(default_factory=dict)
+    """What the data set's own scoring reports, e.g. POPE's F1 or MME's accuracy+."""
     errors: int = 0
     error: str | None = None
     speed: Speed | None = None
@@ -145,6 +147,17 @@ class Measurement(_Record):
         bar = PRACTICAL * self.full(target).accuracy
         fit = [one for one in self.of(target) if one.method == method and one.accuracy >= bar]
         return min(fit, key=lambda one: one.left, default=None)
+
+
+def scores_text(one: Setting) -> str:
+    """The data set's own scores in one line; "" where they say no more than the accuracy."""
+    if not set(one.scores) - {"accuracy"} and not _differs(one):
+        return ""
+    return ", ".join(f"{name} {value:.4g}" for name, value in one.scores.items())
+
+
+def _differs(one: Setting) -> bool:
+    return abs(one.scores.get("accuracy", one.accuracy) - one.accuracy) > 1e-9
 
 
 Bounds = tuple[float, float]

@@ -53,6 +53,11 @@ def _target(found: Measurement, target: str) -> dict[str, Any]:
         "name": target,
         "full": full,
         "rows": list(records.rows(found, target)),
+        "scores": [
+            (one.compression or "all tokens", records.scores_text(one))
+            for one in found.of(target)
+            if records.scores_text(one)
+        ],
         "plots": [_plot(full, method, settings, control, found) for method, settings in curves],
         "maps": [
             {"name": one.compression, "svg": heat(one.grid, one.frequency)}

@@ -96,3 +96,32 @@ def test_budgets_that_are_none_are_refused(folder: Path, value: str) -> None:
     done = CliRunner().invoke(app, ["measure", str(folder / "clean.yaml"), "--retention", value])
     assert isinstance(done.exception, RedteamError)
     assert "--retention" in str(done.exception)
+
+
+def test_a_benchmark_reports_its_own_scores(tmp_path: Path) -> None:
+    """POPE reports precision, recall and F1, which the accuracy alone does not show."""
+    import numpy as np
+    from PIL import Image
+
+    levels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "question": f"is there a {word} circle ?", "answer": "yes"}
+        for word in ("red", "blue")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "pairs.yaml").write_text(
+        "name: pairs\n"
+        "targets: [{type: scenes}]\n"
+        "dataset: {type: jsonl, path: pairs.jsonl, scoring: pope}\n"
+        "attacks: [{type: noise, epsilons: [8/255]}]\n"
+        "compressions: [{type: fastv, retention: 0.25}]\n"
+    )
+    out = tmp_path / "out"
+    words = ["measure", str(tmp_path / "pairs.yaml"), "--out", str(out), "--repeats", "0"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads((out / "measurement.json").read_text())["settings"]
+    assert {"accuracy", "precision", "recall", "f1"} <= {key.lower() for key in found[0]["scores"]}
+    assert "recall" in done.output
+    assert "own scores" in (out / "measurement.html").read_text()
