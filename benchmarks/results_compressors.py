@@ -110,7 +110,8 @@ def _row(found: Measurement, method: str, by_label: dict[str, Setting]) -> str:
     speed = middle.speed
     average = "–" if speed is None else f"{sum(speed.visual) / len(speed.visual):.1f}"
     agrees = "–" if middle.agrees is None or not middle.n else f"{middle.agrees / middle.n:.2f}"
-    evidence = "–" if middle.evidence_kept is None else f"{middle.evidence_kept:.2f}"
+    made_anew = not middle.kept or middle.evidence_kept is None
+    evidence = "–" if made_anew else f"{middle.evidence_kept:.2f}"
     cells += [f"{middle.left:.1f}", average, agrees, evidence, _closest(found, middle)]
     return f"| {method} | {' | '.join(cells)} |"
 
@@ -123,12 +124,14 @@ def _accuracy(one: Setting | None) -> str:
 
 
 def _closest(found: Measurement, one: Setting) -> str:
+    empty = {other.compression for other in found.of(one.target) if not other.kept}
     pairs = [
         (pair.jaccard, pair.second if pair.first == one.compression else pair.first)
         for pair in found.overlaps
         if one.compression in (pair.first, pair.second)
         and pair.first.endswith(" 25%")
         and pair.second.endswith(" 25%")
+        and not empty & {pair.first, pair.second}
     ]
     if not pairs:
         return "–"

@@ -209,7 +209,8 @@ class _Target:
         shares = []
         for index, here in kept.items():
             evidence = self.asker.evidence(shots[index])
-            if evidence is not None and evidence.any():
+            # Of methods that make all their tokens anew there is nothing to be said.
+            if evidence is not None and evidence.any() and here.any():
                 shares.append((evidence & here).sum() / evidence.sum())
         return _mean(shares) if shares else None
 
@@ -241,7 +242,7 @@ class _Target:
 
     def _overlaps(self, kept: Mapping[str, Mapping[int, Bools]]) -> list[Overlap]:
         found = []
-        names = [name for name, sets in kept.items() if sets]
+        names = [name for name, sets in kept.items() if any(one.any() for one in sets.values())]
         for place, first in enumerate(names):
             for second in names[place + 1 :]:
                 both = kept[first].keys() & kept[second].keys()
