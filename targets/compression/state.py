@@ -215,7 +215,7 @@ def cut(
     if by.reindexes:
         fresh, more = reindexed(positions, live)
         # A row that loses nothing keeps its ids: those of a grid have no gaps to be closed.
-        same = (live == old.mask.bool()).all(1)
+        same = (live == old.mask.bool()).all(1) & ~_merged_rows(slots, rows)
         positions = torch.where(same[:, None], positions, fresh)
         more = more.masked_fill(same, 0)
         shift = more if shift is None else shift + more
@@ -227,6 +227,14 @@ def cut(
         whole = index if whole is None else whole.gather(1, index)
     group = Group(start, mask, whole, shift, positions, bias, inside or old.inside, slots)
     return group, hidden
+
+
+def _merged_rows(slots: ImageSlots, rows: int) -> Tensor:
+    """Rows in which some place carries another token than its own, bool ``[B]``."""
+    own = torch.arange(slots.carries.shape[1], device=slots.carries.device)
+    other = ((slots.carries != own) & slots.alive).any(1)
+    found = torch.zeros(rows, dtype=torch.long, device=other.device)
+    return found.index_add(0, slots.rows, other.long()) > 0
 
 
 def extended(groups: Iterable[Group], steps: int) -> dict[int, Group]:
