@@ -30,8 +30,10 @@ from targets.compression.base import Compressor, Cut, Merged, Stage
 from targets.compression.layout import Group, find_slots, last_position
 from targets.compression.pipeline import Pipeline, owned, parts_of
 from targets.compression.ranker import Ranker
+from targets.compression.shortening import Shortening
 from targets.compression.state import TextPass
 from targets.compression.trace import CutTrace, Forced, Trace
+from targets.compression.watching import Watcher, mark
 from targets.errors import CompressionError
 from targets.families import family_of
 from targets.families.base import Family
@@ -72,13 +74,11 @@ class CompressionSession:
         self._ranker = Ranker(self._family, self._cuts_of, kept, seeds, answer_columns, relax)
         self._cuts = mode in ("hard", "masked")
         self._handles: list[Any] = []
-        self._ids: Tensor | None = None
         self._image_mask: Tensor | None = None
         self._mask: Tensor | None = None
         self._inputs: dict[str, Any] = {}
         self._tower_memory: dict[int, dict[str, Any]] = {}
-        self._emerged: Merged | None = None
-        self._tower: Compressor | None = None
+        self._tower: Shortening | None = None
         self._running: TextPass | None = None
         self._groups: dict[int, Group] = {}
         self._last: Tensor | None = None  # [B] position id of the last column so far
@@ -130,7 +130,9 @@ class CompressionSession:
             self._tap.__enter__()
         for one in self._parts:
             if one.stage is Stage.TOWER:
-                self._install_tower(one)
+                memory = self._tower_memory.setdefault(id(one), {})
+                self._tower = Shortening(family, one, memory, self._ranker.forced)
+                self._handles += self._tower.install()
             elif one.stage is Stage.ATTENTION and self._cuts:
                 self._handles += one.install(family, self._tower_memory.setdefault(id(one), {}))
         self._handles += family.attach(lambda: self._running)
@@ -141,24 +143,10 @@ class CompressionSession:
         for layer, module in enumerate(family.layers):
             hook = self._layer_hook(layer)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        watcher = Watcher(self._ranker, lambda: self._running)
         for one in self._parts:
             for layer in one.watches(len(family.layers)):
-                self._watch(one, layer)
-
-    def _install_tower(self, one: Compressor) -> None:
-        memory = self._tower_memory.setdefault(id(one), {})
-
-        def begin(module: object, inputs: object) -> None:
-            del module, inputs
-            memory.clear()
-            memory["forced"] = self._ranker.forced
-
-        self._tower = one
-        self._handles.append(self._family.tower.register_forward_pre_hook(begin))
-        self._handles += one.install(self._family, memory)
-        self._handles.append(
-            self._family.projector.register_forward_pre_hook(self._before_projector)
-        )
+                self._handles += watcher.install(one, layer)
 
     def _remove(self) -> None:
         for handle in reversed(self._handles):
@@ -167,20 +155,6 @@ class CompressionSession:
         if self._tap is not None:
             self._tap.__exit__(None, None, None)
         guards.release(self._family.model, self)
-
-    # A tower that is shortened inside -----------------------------------------------------------
-
-    def _before_projector(self, module: object, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        del module
-        if self._tower is None:
-            return None
-        features: Tensor = inputs[0]
-        merged = self._tower.emerge(features, self._tower_memory[id(self._tower)])
-        self._emerged = merged
-        # Placeholders stay as many as they are, so the projector gets as many features.
-        grid = self._family.fixed_tokens()
-        pad = grid - merged.features.shape[1]
-        return (torch.nn.functional.pad(merged.features, (0, 0, 0, pad)), *inputs[1:])
 
     # Text model ---------------------------------------------------------------------------------
 
@@ -202,7 +176,8 @@ class CompressionSession:
             try:
                 state = self._prefill(kwargs)
             finally:
-                self._emerged = None  # what a tower gave is for one prefill
+                if self._tower is not None:
+                    self._tower.emerged = None  # what a tower gave is for one prefill
         else:
             state = self._decode(kwargs)
         self._groups, self._running = state.groups, state
@@ -258,7 +233,7 @@ class CompressionSession:
             if cut.stage is Stage.LAYER:
                 continue
             if cut.stage is Stage.TOWER:
-                guards.check_emerged(cut, self._emerged, states.images_of(group))
+                guards.check_emerged(cut, self._emerged(), states.images_of(group))
             started = time.perf_counter()
             seen = self._ranker.before_text(cut, state, group, hidden, state.vision)
             one = self._ranker.choose(cut, seen, state.trace, state, started)
@@ -311,9 +286,12 @@ class CompressionSession:
             inside=cut.stage is Stage.LAYER,
         )
 
+    def _emerged(self) -> Merged | None:
+        return None if self._tower is None else self._tower.emerged
+
     def _arrived(self, projected: Tensor) -> Merged:
         """What emerged from the tower, projected: the model has put it into the first places."""
-        merged = self._emerged
+        merged = self._emerged()
         if merged is None:
             raise CompressionError("the vision tower has not run inside this session")
         return replace(merged, features=projected[:, : merged.valid.shape[1]], projected=True)
@@ -423,65 +401,6 @@ class CompressionSession:
                 group, hidden = self._apply(cut, found, state, group, layer, hidden)
                 state.groups[layer] = group
         return hidden
-
-    def _watch(self, one: Compressor, layer: int) -> None:
-        block = self._family.layers[layer]
-
-        def begin(module: object, args: object, kwargs: dict[str, Any]) -> None:
-            del module, args
-            # A replay under checkpointing does not come through the layer's own hook.
-            self._running = marked(kwargs) or self._running
-
-        def hook_for(name: str) -> Any:  # noqa: ANN401 - a hook of torch
-            def hook(
-                module: object,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                output: Any,  # noqa: ANN401
-            ) -> None:
-                del module
-                before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                self._watched(one, layer, name, before, output)
-
-            return hook
-
-        self._handles.append(block.self_attn.register_forward_pre_hook(begin, with_kwargs=True))
-        for name, module in (("attention", block.self_attn), ("mlp", block.mlp)):
-            self._handles.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
-
-    def _watched(
-        self,
-        one: Compressor,
-        layer: int,
-        name: str,
-        before: Tensor,
-        output: Any,  # noqa: ANN401
-    ) -> None:
-        state = self._running
-        if state is None or not state.prefill or state.uncut.slots is None:
-            return
-        after = output[0] if isinstance(output, tuple) else output
-        group = state.group(layer)
-        seen = self._ranker.watched(one, state, group, layer, before)
-        one.watch(layer, name, seen.features, states.images_of(group).gather(after), seen)
-
-
-def mark(kwargs: dict[str, Any], state: TextPass) -> None:
-    """Let a layer's rotary embedding say which pass it belongs to.
-
-    It is the one argument that reaches the attention module of every family, and that replays of
-    the layer under checkpointing get again as the same object.
-    """
-    turn = kwargs.get("position_embeddings")
-    if isinstance(turn, tuple):
-        turn[0].__dict__[_STATE] = state
-
-
-def marked(kwargs: dict[str, Any]) -> TextPass | None:
-    """The pass that `mark` noted; None where there is none."""
-    turn = kwargs.get("position_embeddings")
-    found: TextPass | None = turn[0].__dict__.get(_STATE) if isinstance(turn, tuple) else None
-    return found
 
 
 def _sorted_cuts(parts: Sequence[Compressor], layers: int, mode: Mode) -> tuple[Cut, ...]:

@@ -15,7 +15,6 @@ from targets.compression.budgets import checked_layers
 from targets.compression.layout import ImageSlots
 from targets.compression.raters import all_keys, compact, sight_of
 from targets.compression.scoring import log_probability, top_k_mask
-from targets.compression.session import marked
 from targets.compression.sparse_heads import (
     Columns,
     covered_number,
@@ -24,6 +23,7 @@ from targets.compression.sparse_heads import (
     short_attention,
     window_mass,
 )
+from targets.compression.watching import marked
 from targets.errors import CompressionError
 from targets.families.base import rotate
 
