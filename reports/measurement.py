@@ -145,7 +145,7 @@ class Measurement(_Record):
     def practical(self, target: str, method: str) -> Setting | None:
         """The setting at K_prac of a method (`PRACTICAL_FORMULA`); None if none qualifies."""
         bar = PRACTICAL * self.full(target).accuracy
-        fit = [one for one in self.of(target) if one.method == method and one.accuracy >= bar]
+        fit = [one for one in self.of(target) if one.method == method and one.accuracy > bar - 1e-9]
         return min(fit, key=lambda one: one.left, default=None)
 
 

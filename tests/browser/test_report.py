@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from measured import measurement, setting
 from synthetic_run import build
 
 from reports import build_reports
+from reports.html.measurement import write
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -94,3 +96,19 @@ def test_it_prints(report: Path, tmp_path: Path) -> None:
     target = tmp_path / "report.pdf"
     chromium(report, tmp_path / "profile", f"--print-to-pdf={target}")
     assert target.read_bytes().startswith(b"%PDF-")
+
+
+def test_the_page_of_a_measurement(tmp_path: Path) -> None:
+    """Silent, styled, and no wider than a phone."""
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    found = measurement(
+        setting("", right=90),
+        *(setting(f"method-{i} 25%", right=80 - i, frequency=True) for i in range(6)),
+    )
+    page = write(tmp_path, found)
+    assert console(page, tmp_path / "profile") == []
+    assert probe(page, tmp_path, 380, "d.documentElement.scrollWidth <= 380") == "true"
+    shown = "w.getComputedStyle(d.querySelector('.heat .above')).fill"
+    assert probe(page, tmp_path, 900, shown).startswith("rgb(")
+    assert probe(page, tmp_path, 900, "d.querySelectorAll('svg.curves').length") == "6"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import tiled
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -12,6 +11,8 @@ from transformers import (
     LlamaConfig,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from families import tiled
 
 CASES, inputs = tiled.CASES, tiled.inputs
 TAGS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))

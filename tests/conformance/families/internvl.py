@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import tiled
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -14,6 +13,8 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from families import tiled
 
 CASES, inputs = tiled.CASES, tiled.inputs
 SPECIAL = ("<IMG_CONTEXT>", "<img>", "</img>", "<video>")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import qwen, qwen2_vl
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
 )
+
+from families import qwen, qwen2_vl
 
 
 def build_model(attention: str = "sdpa") -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import qwen
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from families import qwen
 
 TEXT = {
     "vocab_size": len(qwen.WORDS),

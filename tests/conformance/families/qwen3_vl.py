@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import qwen, qwen2_vl
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from families import qwen, qwen2_vl
 
 
 def build_model(attention: str = "sdpa") -> Any:

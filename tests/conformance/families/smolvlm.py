@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from families import idefics3, tiled
 from transformers import (
     LlamaConfig,
     SmolVLMConfig,
@@ -15,6 +14,8 @@ from transformers import (
 )
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from families import idefics3, tiled
 
 CASES, inputs = tiled.CASES, tiled.inputs
 WORDS, IMAGE = idefics3.WORDS, idefics3.IMAGE
