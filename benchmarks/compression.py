@@ -197,8 +197,11 @@ def built(shape: str, batch: int, device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(0)
     side = vision.image_size
     pixels = torch.randn(batch, 3, side, side, generator=generator)
-    text = torch.randint(5, 60, (1, WORDS), generator=generator).expand(batch, -1)
-    image = torch.full((batch, tokens), model.config.image_token_id)
+    special = int(model.config.image_token_id)
+    words = min(60, int(model.config.text_config.vocab_size))
+    text = torch.randint(5, words, (1, WORDS), generator=generator).expand(batch, -1)
+    text = torch.where(text == special, 5 + int(special == 5), text)
+    image = torch.full((batch, tokens), special)
     inputs = {
         "input_ids": torch.cat([text[:, :8], image, text[:, 8:]], 1).to(device),
         "pixel_values": pixels.to(device, model.dtype),
