@@ -7,25 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final
 
 from redteam import provenance
-from redteam.batching import Batcher, Failure
+from redteam.batching import Batcher
 from redteam.datasets.base import Samples
-from redteam.datasets.scoring import scored, summarise
-from redteam.diagnosis import Bools, jaccard
-from redteam.errors import NothingSelected, PlanError
+from redteam.datasets.filters import without
+from redteam.diagnosis import Bools
+from redteam.errors import InterruptedRun, NothingSelected, PlanError
 from redteam.evaluation import Asker, Reply, Shot, of_one_size
 from redteam.labels import short
 from redteam.scenario import Method, Scenario
+from redteam.screening import described, filter_of, screen
+from redteam.tally import Pairs, Tally, kept_of
 from reports.html.measurement import write as write_page
+from reports.measurement import FILE as RECORD
 from reports.measurement import (
     Evidence,
     Measurement,
-    Overlap,
-    Setting,
     Speed,
     Vanishing,
     write,
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from targets.lvlm import LVLM
     from targets.pace import Pace
 
+BLOCK: Final = 256
+"""Samples held in memory at a time."""
 UNDEFENDED = Method("defenses", "none", "none", {})
 
 
@@ -111,30 +112,87 @@ def measure(
         device = str(resolve_device(scenario.engine.device))
     except TargetError as error:
         raise PlanError(f"engine.device: {error}") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     compressions = sweep(scenario.compressions, wanted.retentions)
     identity: dict[str, Any] = {}
+    samples, left_out = _screened(scenario, samples, device)
     found = Measurement(
         name=scenario.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=scenario.seed,
         data=samples.identity,
         formula=FORMULA,
-        provenance=provenance.collect(device, identity, scenario.engine.model_dump()),
+        provenance=provenance.collect(device, identity, scenario.engine.model_dump()) | left_out,
         settings=[],
     )
-    for number, target in enumerate(scenario.targets):
-        try:
-            model = target.create().load(device)
-        except TargetError as error:
-            raise PlanError(str(target.problem(str(error)))) from error
-        identity[target.label] = dict(model.identity)
-        asker = Asker(model, Batcher(scenario.engine.batch_size), scenario.seed)
-        share = (number / len(scenario.targets), 1 / len(scenario.targets))
-        _Target(asker, target.label, samples, wanted, found, say, share).measure(compressions)
-        write(folder, found)
-    write_page(folder, found)
+    try:
+        for number, target in enumerate(scenario.targets):
+            asker = _open(scenario, target, device)
+            identity[target.label] = dict(asker.model.identity)
+            share = (number / len(scenario.targets), 1 / len(scenario.targets))
+            one = _Target(asker, target.label, samples, wanted, found, say, share)
+            one.measure(compressions, lambda: _write(folder, found))
+    except KeyboardInterrupt:
+        if found.settings:
+            _write(folder, found, page=True)
+        raise InterruptedRun(
+            f"stopped; {len(found.settings)} settings that were measured are in {folder}"
+        ) from None
+    _write(folder, found, page=True)
     return found
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder; what it holds already is never written over.
+
+    Raises:
+        PlanError: if it holds a measurement or a run, or cannot be made.
+    """
+    taken = [name for name in (RECORD, "ledger.jsonl") if (folder / name).exists()]
+    if taken:
+        raise PlanError(f"{folder} holds {taken[0]} already; give another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{folder} cannot be made: {error.strerror}; give another --out") from error
+
+
+def _write(folder: Path, found: Measurement, *, page: bool = False) -> None:
+    """Write what is known so far.
+
+    Raises:
+        PlanError: if the disk refuses; what was written before stays.
+    """
+    try:
+        write(folder, found)
+        if page and found.settings:
+            write_page(folder, found)
+    except OSError as error:
+        raise PlanError(
+            f"{folder} cannot be written to: {error.strerror}; free space or give another --out"
+        ) from error
+
+
+def _open(scenario: Scenario, target: Method, device: str) -> Asker:
+    try:
+        model = target.create().load(device)
+    except TargetError as error:
+        raise PlanError(str(target.problem(str(error)))) from error
+    return Asker(model, Batcher(scenario.engine.batch_size), scenario.seed)
+
+
+def _screened(scenario: Scenario, samples: Samples, device: str) -> tuple[Samples, dict[str, Any]]:
+    """The samples the data set's filter keeps, and what is said of those it leaves out."""
+    rule = filter_of(scenario.dataset)
+    if rule is None:
+        return samples, {}
+    left_out: dict[str, str] = {}
+    for target in scenario.targets:
+        asker = _open(scenario, target, device)
+        left_out |= screen(asker, samples, rule, scenario.engine.batch_size)
+    if len(left_out) == len(samples):
+        raise NothingSelected(str(scenario.dataset.problem(f"filter {rule} leaves no sample")))
+    return without(samples, left_out), {"filter": described(rule, len(samples), left_out)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,83 +207,66 @@ class _Target:
     say: Callable[[str, float], None]
     share: tuple[float, float]
 
-    def measure(self, compressions: Sequence[Method]) -> None:
-        shots = {index: Shot(sample, sample.image, "") for index, sample in enumerate(self.samples)}
-        kept: dict[str, dict[int, Bools]] = {}
-        full = self._replies(shots, None)
-        for number, one in enumerate([None, *compressions]):
-            label = one.label if one else "all tokens"
-            self._say(label, number / (len(compressions) + 2))
-            replies = full if one is None else self._replies(shots, one)
-            setting = self._setting(one, shots, replies, full)
-            self.found.settings.append(self._timed(setting, one, shots))
-            if one is not None:
-                kept[one.label] = _kept(replies)
-        self.found.overlaps.extend(self._overlaps(kept))
-        self._say("evidence", (len(compressions) + 1) / (len(compressions) + 2))
-        self._evidence(shots)
+    def measure(self, compressions: Sequence[Method], save: Callable[[], None]) -> None:
+        """Ask all settings about one block of samples after the other."""
+        settings: list[Method | None] = [None, *compressions]
+        tallies = [Tally(self.label, one.label if one else "", _method(one)) for one in settings]
+        pairs, first = Pairs(), len(self.found.settings)
+        overlaps = len(self.found.overlaps)
+        speeds: list[Speed | None] = [None] * len(settings)
+        for start in range(0, len(self.samples), BLOCK):
+            shots = self._read(start, tallies)
+            full = self._replies(shots, None)
+            kept: dict[str, dict[int, Bools]] = {}
+            for number, (one, tally) in enumerate(zip(settings, tallies, strict=True)):
+                self._say(one.label if one else "all tokens", start, number / len(settings))
+                replies = full if one is None else self._replies(shots, one)
+                tally.add(self.asker, shots, replies)
+                tally.compare(replies, full)
+                if one is not None:
+                    kept[one.label] = kept_of(replies)
+                if start == 0:
+                    speeds[number] = self._speed_of(one, shots, replies)
+            pairs.add(kept)
+            self.found.settings[first:] = [
+                tally.setting().model_copy(update={"speed": speed})
+                for tally, speed in zip(tallies, speeds, strict=True)
+            ]
+            self.found.overlaps[overlaps:] = pairs.overlaps(self.label)
+            save()
+        self._say("evidence", len(self.samples), 0)
+        self._evidence(self._read(0, []))
 
-    def _say(self, what: str, done: float) -> None:
-        start, width = self.share
-        self.say(f"{self.label}: {what}", start + width * done)
+    def _read(self, start: int, tallies: Sequence[Tally]) -> dict[int, Shot]:
+        """A block of samples; one that cannot be read is an error of every setting."""
+        shots = {}
+        for index in range(start, min(start + BLOCK, len(self.samples))):
+            try:
+                sample = self.samples[index]
+            except Exception as error:
+                # A picture that cannot be read is this sample's trouble only.
+                for tally in tallies:
+                    tally.fail(provenance.scrub(f"{self.samples.ids[index]}: {error}"))
+                continue
+            shots[index] = Shot(sample, sample.image, "")
+        return shots
+
+    def _say(self, what: str, start: int, share: float) -> None:
+        begin, width = self.share
+        done = (start + share * min(BLOCK, len(self.samples) - start)) / len(self.samples)
+        self.say(f"{self.label}: {what}", begin + width * done)
 
     def _replies(self, shots: Mapping[int, Shot], one: Method | None) -> dict[int, Any]:
         return self.asker.ask(shots, one, UNDEFENDED, "clean")
 
-    def _setting(
-        self,
-        one: Method | None,
-        shots: Mapping[int, Shot],
-        replies: Mapping[int, Any],
-        full: Mapping[int, Any],
-    ) -> Setting:
-        good = {index: r for index, r in replies.items() if isinstance(r, Reply)}
-        failed = [r for r in replies.values() if isinstance(r, Failure)]
-        both = [index for index in good if isinstance(full.get(index), Reply)]
-        sizes = {index: len(self.asker.places(shots[index]).boxes) for index in good}
-        kept = _kept(good)
-        return Setting(
-            target=self.label,
-            compression=one.label if one else "",
-            method=_method(one),
-            n=len(good),
-            right=sum(bool(r.answer.correct) for r in good.values()),
-            agrees=None
-            if one is None
-            else sum(good[i].answer.text == full[i].answer.text for i in both),
-            left=_mean([sizes[i] if r.left is None else r.left for i, r in good.items()]),
-            kept=_mean([kept[i].sum() if i in kept else sizes[i] for i in good]),
-            tokens=_mean(list(sizes.values())),
-            evidence_kept=self._evidence_kept(shots, kept),
-            scores=summarise(
-                [scored(r.answer.text, shots[index].sample) for index, r in good.items()]
-            ),
-            errors=len(failed),
-            error=failed[0].error.message[:500] if failed else None,
-            **self._frequency(shots, kept),
-        )
-
-    def _evidence_kept(self, shots: Mapping[int, Shot], kept: Mapping[int, Bools]) -> float | None:
-        shares = []
-        for index, here in kept.items():
-            evidence = self.asker.evidence(shots[index])
-            # Of methods that make all their tokens anew there is nothing to be said.
-            if evidence is not None and evidence.any() and here.any():
-                shares.append((evidence & here).sum() / evidence.sum())
-        return _mean(shares) if shares else None
-
-    def _frequency(self, shots: Mapping[int, Shot], kept: Mapping[int, Bools]) -> dict[str, Any]:
-        places = [self.asker.places(shots[index]) for index in kept]
-        grids = {(one.grid, one.size, len(one.boxes)) for one in places}
-        if len(grids) != 1 or not places[0].plain:
-            return {}
-        often = np.mean(list(kept.values()), axis=0)
-        return {"grid": places[0].grid, "frequency": often.round(4).tolist()}
-
-    def _timed(self, setting: Setting, one: Method | None, shots: Mapping[int, Shot]) -> Setting:
-        if not self.wanted.repeats or not setting.n:
-            return setting
-        indices = of_one_size(shots)[0][: self.asker.batcher.size]
+    def _speed_of(
+        self, one: Method | None, shots: Mapping[int, Shot], replies: Mapping[int, Any]
+    ) -> Speed | None:
+        """Timed on one batch of pictures of one size that could be answered."""
+        ready = {i: shots[i] for i, reply in replies.items() if isinstance(reply, Reply)}
+        if not self.wanted.repeats or not ready:
+            return None
+        indices = of_one_size(ready)[0][: self.asker.batcher.size]
         batch = [shots[index] for index in indices]
         images = self.asker.images(batch)
         questions = [shot.sample.question for shot in batch]
@@ -236,34 +277,13 @@ class _Target:
             return model.measure(images, questions, compressor=compressor, steps=self.wanted.steps)
 
         once()  # the first run allocates and compiles
-        return setting.model_copy(
-            update={"speed": _speed([once() for _ in range(self.wanted.repeats)])}
-        )
-
-    def _overlaps(self, kept: Mapping[str, Mapping[int, Bools]]) -> list[Overlap]:
-        found = []
-        names = [name for name, sets in kept.items() if any(one.any() for one in sets.values())]
-        for place, first in enumerate(names):
-            for second in names[place + 1 :]:
-                both = kept[first].keys() & kept[second].keys()
-                if both:
-                    pairs = [jaccard(kept[first][i], kept[second][i]) for i in sorted(both)]
-                    found.append(
-                        Overlap(
-                            target=self.label,
-                            first=first,
-                            second=second,
-                            jaccard=round(_mean(pairs), 4),
-                        )
-                    )
-        return found
+        return _speed([once() for _ in range(self.wanted.repeats)])
 
     def _evidence(self, shots: Mapping[int, Shot]) -> None:
         from targets.evidence import evidence_map, find_horizon
 
         model, size = self.asker.model, self.asker.batcher.size
-        for index in range(min(self.wanted.evidence, len(shots))):
-            shot = shots[index]
+        for shot in list(shots.values())[: self.wanted.evidence]:
             for layer in self.wanted.layers:
                 one = evidence_map(
                     model,
@@ -289,7 +309,7 @@ class _Target:
                 )
         if not self.wanted.horizon:
             return
-        chosen = {index: shots[index] for index in range(min(self.wanted.horizon, len(shots)))}
+        chosen = dict(list(shots.items())[: self.wanted.horizon])
         batches = []
         for indices in of_one_size(chosen):
             for start in range(0, len(indices), size):
@@ -322,14 +342,6 @@ def _method(one: Method | None) -> str:
     return name if one.label.startswith(name) else one.label
 
 
-def _kept(replies: Mapping[int, Any]) -> dict[int, Bools]:
-    return {
-        index: reply.kept.kept
-        for index, reply in replies.items()
-        if isinstance(reply, Reply) and reply.kept is not None
-    }
-
-
 def _speed(runs: Sequence[Pace]) -> Speed:
     rows = runs[0].rows
 
@@ -346,7 +358,3 @@ def _speed(runs: Sequence[Pace]) -> Speed:
         lengths=list(runs[0].lengths),
         visual=list(runs[0].visual),
     )
-
-
-def _mean(values: Sequence[Any]) -> float:
-    return float(np.mean(values)) if len(values) else 0.0

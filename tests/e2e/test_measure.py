@@ -125,3 +125,73 @@ def test_a_benchmark_reports_its_own_scores(tmp_path: Path) -> None:
     assert {"accuracy", "precision", "recall", "f1"} <= {key.lower() for key in found[0]["scores"]}
     assert "recall" in done.output
     assert "own scores" in (out / "measurement.html").read_text()
+
+
+def measured(folder: Path, out: Path, *options: str) -> dict[str, object]:
+    words = ["measure", str(folder / "clean.yaml"), "--out", str(out), "--repeats", "0", *options]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads((out / "measurement.json").read_text())
+    return {key: found[key] for key in ("settings", "overlaps")}
+
+
+def test_blocks_change_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many samples are held at a time, and they are all counted."""
+    whole = measured(folder, tmp_path / "whole")
+    monkeypatch.setattr("redteam.measuring.BLOCK", 4)
+    assert measured(folder, tmp_path / "parts") == whole
+
+
+def test_what_is_there_is_not_written_over(folder: Path) -> None:
+    words = ["measure", str(folder / "clean.yaml"), "--out", str(folder / "out")]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, RedteamError)
+    assert "holds measurement.json already" in str(done.exception)
+
+
+def test_stopping_keeps_what_was_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from redteam import measuring
+    from redteam.errors import InterruptedRun
+
+    monkeypatch.setattr(measuring, "BLOCK", 4)
+    real, calls = measuring._Target._read, []
+
+    def stop(self: object, start: int, tallies: object) -> object:
+        calls.append(start)
+        if start:
+            raise KeyboardInterrupt
+        return real(self, start, tallies)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measuring._Target, "_read", stop)
+    words = ["measure", str(folder / "clean.yaml"), "--out", str(tmp_path), "--repeats", "0"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, InterruptedRun)
+    assert calls == [0, 4]
+    found = json.loads((tmp_path / "measurement.json").read_text())
+    assert [one["n"] for one in found["settings"]] == [4] * 4
+    assert (tmp_path / "measurement.html").is_file()
+
+
+def test_a_picture_that_cannot_be_read_is_an_error_of_its_sample(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    for name in ("good.png", "bad.png"):
+        Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(tmp_path / name)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    lines = [
+        {"image": n, "question": "how many ?", "answer": "one"} for n in ("good.png", "bad.png")
+    ]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "clean.yaml").write_text(
+        SCENARIO.replace("{type: scenes, samples: 6}", "{type: jsonl, path: two.jsonl}")
+    )
+    found = measured(tmp_path, tmp_path / "out")["settings"]
+    assert isinstance(found, list)
+    assert [(one["n"], one["errors"]) for one in found] == [(1, 1)] * 4
+    assert "bad.png" in found[0]["error"]
