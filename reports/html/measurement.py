@@ -53,6 +53,11 @@ def _target(found: Measurement, target: str) -> dict[str, Any]:
         "name": target,
         "full": full,
         "rows": list(records.rows(found, target)),
+        "layers": [
+            (one.compression or "all tokens", " ".join(f"{n:.4g}" for n in one.speed.visual))
+            for one in found.of(target)
+            if one.speed is not None
+        ],
         "scores": [
             (one.compression or "all tokens", records.scores_text(one))
             for one in found.of(target)

@@ -73,6 +73,11 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert render(found) == page
 
 
+def test_tokens_are_listed_layer_by_layer() -> None:
+    page = render(measurement(setting("", right=90), setting("m", right=80)))
+    assert page.count('<td class="num">8 8</td>') == 2
+
+
 def test_a_map_is_darker_where_there_is_more() -> None:
     drawn = str(heat((1, 3), [0.0, 0.5, 1.0]))
     assert 'fill-opacity="0.5"' in drawn
