@@ -212,9 +212,7 @@ def columns_of(
     rows, length = embeds.shape[:2]
     given = kwargs.get("attention_mask")
     flat = given if isinstance(given, Tensor) and given.dim() == 2 else outer
-    if given is None and flat is None:
-        flat = torch.ones(rows, length, dtype=torch.long, device=embeds.device)
-    elif flat is None:
+    if flat is None:
         # Families that make their own masks do so without a 2-D one where nothing is padded.
         flat = torch.ones(rows, length, dtype=torch.long, device=embeds.device)
     if not isinstance(flat, Tensor) or flat.shape != (rows, length):
