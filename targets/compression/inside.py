@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,9 +123,9 @@ class InsideTower(Compressor):
         run.tokens.setdefault(layer + 1, run.tokens[layer])
         return hidden
 
+    @abstractmethod
     def judge(self, run: TowerRun) -> Scores:
         """Scores of the patches ``[I, V]``, with `chosen`, once the tower has run."""
-        raise NotImplementedError
 
     # Installing it ------------------------------------------------------------------------------
 

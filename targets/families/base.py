@@ -379,6 +379,20 @@ class Family(ABC):
         return ()
 
 
+def alike(placeholders: Tensor, one: Layout) -> list[Layout]:
+    """The layouts of images that all have `one`, from their placeholders, bool ``[B, L]``.
+
+    Raises:
+        TargetError: if a row's placeholders are no multiple of its tokens.
+    """
+    counts = placeholders.sum(1)
+    if bool((counts % one.tokens != 0).any()):
+        raise TargetError(
+            f"rows hold {counts.tolist()} image placeholders; every image has {one.tokens} of them"
+        )
+    return [one] * (int(counts.sum()) // one.tokens)
+
+
 def rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout; dimensions past the table stay as they are."""
     width = cosine.shape[-1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from targets.errors import TargetError
-from targets.families.base import Family
+from targets.families.base import Family, alike
 from targets.families.llava import clip_layers, tapped
 from targets.families.vision import LayerPass, VisionPass, VisionTap, padded
 from targets.preprocessing.gemma import GemmaPreprocessing
@@ -95,14 +95,7 @@ class GemmaFamily(Family):
     def images(self, placeholders: Tensor, inputs: dict[str, Any]) -> Sequence[Layout]:
         """Every run of the tower has one grid of tokens."""
         del inputs
-        one = Layout.grid(self.grid)
-        counts = placeholders.sum(1)
-        if bool((counts % one.tokens != 0).any()):
-            raise TargetError(
-                f"rows hold {counts.tolist()} image placeholders; every image has {one.tokens} of "
-                "them"
-            )
-        return [one] * (int(counts.sum()) // one.tokens)
+        return alike(placeholders, Layout.grid(self.grid))
 
     # Vision tower -------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from targets.compression.base import Compressor
 from targets.errors import TargetError
-from targets.families.base import Family
+from targets.families.base import Family, alike
 from targets.families.vision import (
     FeaturesReached,
     LayerPass,
@@ -87,14 +87,7 @@ class Llava(Family):
     def images(self, placeholders: Tensor, inputs: dict[str, Any]) -> Sequence[Layout]:
         """Every picture has one grid of tokens."""
         del inputs
-        one = Layout.grid(self.grid)
-        counts = placeholders.sum(1)
-        if bool((counts % one.tokens != 0).any()):
-            raise TargetError(
-                f"rows hold {counts.tolist()} image placeholders; every image has {one.tokens} of "
-                "them"
-            )
-        return [one] * (int(counts.sum()) // one.tokens)
+        return alike(placeholders, Layout.grid(self.grid))
 
     def tap(self, layers: Sequence[int] = (), *, stop: bool = False) -> VisionTap:
         """Hooks at the feature layer and others; `clip_layers`."""
