@@ -18,7 +18,7 @@ from redteam.errors import InterruptedRun, NothingSelected, PlanError
 from redteam.evaluation import Asker, Reply, Shot, of_one_size
 from redteam.labels import short
 from redteam.scenario import Method, Scenario
-from redteam.screening import described, filter_of, screen
+from redteam.screening import UNDEFENDED, described, filter_of, screen
 from redteam.tally import Pairs, Tally, kept_of
 from reports.html.measurement import write as write_page
 from reports.measurement import FILE as RECORD
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 256
 """Samples held in memory at a time."""
-UNDEFENDED = Method("defenses", "none", "none", {})
 
 
 @dataclass(frozen=True, slots=True)

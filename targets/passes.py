@@ -6,6 +6,7 @@ The vision tower runs once per call, and no module runs that the result does not
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,6 +37,7 @@ class Passes:
 
     def __init__(self, family: Family, preprocess: Preprocessing, prompts: PromptBook) -> None:
         self.family, self.preprocess, self.prompts = family, preprocess, prompts
+        self._layout = functools.lru_cache(maxsize=64)(preprocess.layout)
 
     def inputs(
         self, images: Tensor, compressor: Compressor | None = None
@@ -52,7 +54,7 @@ class Passes:
 
     def layout(self, size: Size) -> Layout:
         """The visual tokens of a picture of this height and width."""
-        return self.preprocess.layout(size)
+        return self._layout(size)  # attacks ask at every step
 
     def encode(self, images: Tensor) -> VisionOutput:
         """Patch features and the head-mean attention that marks them."""

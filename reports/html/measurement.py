@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from reports import measurement as records
-from reports.html.render import environment
+from reports.html.render import environment, styled
 from reports.html.svg import tag
 from reports.measurement import Measurement, Setting, accuracy_interval
 
@@ -21,18 +19,14 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 220, 130, 26, 108
 
 def render(found: Measurement) -> str:
     """The page as text."""
-    made = environment()
-    style, _, _ = made.loader.get_source(made, "report.css") if made.loader else ("", None, None)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    template = made.get_template("measurement.html")
+    template = environment().get_template("measurement.html")
     targets = list(dict.fromkeys(one.target for one in found.settings))
     return template.render(
         found=found,
         columns=records.COLUMNS,
         practical=records.PRACTICAL_FORMULA,
         targets=[_target(found, target) for target in targets],
-        style=Markup(style),  # noqa: S704 - our own file
-        style_hash=digest,
+        **styled(),
     )
 
 

@@ -67,12 +67,9 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         A whole HTML document: no script, no outside resource, every foreign string escaped.
     """
     manifest, cells = store.manifest, summary["cells"]
-    style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     page = environment().get_template("report.html")
     return page.render(
-        style=Markup(style),  # noqa: S704 - our own file
-        style_hash=digest,
+        **styled(),
         manifest=manifest,
         summary=summary,
         statements=statements(summary),
@@ -99,6 +96,13 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         ranking=RANKING,
         draws=DRAWS,
     )
+
+
+def styled() -> dict[str, Markup | str]:
+    """The style sheet, and its hash, by which alone the page allows it."""
+    style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return {"style": Markup(style), "style_hash": digest}  # noqa: S704 - our own file
 
 
 def environment() -> Environment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -235,8 +234,3 @@ def _merged_rows(slots: ImageSlots, rows: int) -> Tensor:
     other = ((slots.carries != own) & slots.alive).any(1)
     found = torch.zeros(rows, dtype=torch.long, device=other.device)
     return found.index_add(0, slots.rows, other.long()) > 0
-
-
-def extended(groups: Iterable[Group], steps: int) -> dict[int, Group]:
-    """Groups `steps` decoded tokens later, by first layer."""
-    return {group.start: group.extended(steps) for group in groups}

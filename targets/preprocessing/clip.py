@@ -198,33 +198,6 @@ class Preprocessor:
         (top, bottom), (left, right) = edges
         return top, left, bottom, right
 
-    def source_pixels(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Pixels of a picture of `size` that tokens cover.
-
-        Args:
-            tokens: float ``[B, 1, rows, columns]`` on the token grid.
-            size: height and width of the picture before preprocessing.
-
-        Returns:
-            ``[B, 1, *size]``; pixels that are cropped away are 0.
-        """
-        how = self.geometry(size)
-        rows, row_inside = self._axis(how, size, 0, tokens.shape[2])
-        columns, column_inside = self._axis(how, size, 1, tokens.shape[3])
-        found = tokens[:, :, rows.to(tokens.device)][:, :, :, columns.to(tokens.device)]
-        inside = row_inside[:, None] & column_inside[None]
-        return found * inside.to(tokens)
-
-    def _axis(
-        self, how: Geometry, size: tuple[int, int], axis: int, cells: int
-    ) -> tuple[Tensor, Tensor]:
-        """For each pixel of the picture along an axis, its token and whether it has one."""
-        padded = size[axis] + how.pad[2 * axis] + how.pad[2 * axis + 1]
-        centres = torch.arange(size[axis], dtype=torch.float64) + how.pad[2 * axis] + 0.5
-        place = centres * how.resized[axis] / padded - how.crop[axis]
-        inside = (place >= 0) & (place < self.size[axis])
-        return (place * cells / self.size[axis]).long().clamp(0, cells - 1), inside
-
 
 def _sizes(size: Any) -> dict[str, int]:  # noqa: ANN401 - a dict or a SizeDict of transformers
     found = {}

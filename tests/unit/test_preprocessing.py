@@ -138,11 +138,11 @@ def test_source_pixels_follow_the_geometry(size: tuple[int, int]) -> None:
             do_pad=True, size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}
         ),
     ):
-        preprocess = Preprocessor.of(processor)
+        preprocess = Preprocessor.of(processor, tokens=(6, 6))
         for token in (0, 17, 35):
-            grid = torch.zeros(1, 1, 6, 6)
-            grid.view(-1)[token] = 1
-            pixels = preprocess.source_pixels(grid, size)
+            tokens = torch.zeros(1, 36)
+            tokens[0, token] = 1
+            pixels = preprocess.layout(size).pixels(tokens, size)
             if not bool(pixels.any()):
                 assert isinstance(processor, LlavaImageProcessorPil)  # a cell of padding
                 continue
