@@ -15,6 +15,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
+from families import tiled
 from families.llava_next import (
     ANSWERS,
     CASES,
@@ -46,22 +47,12 @@ PINPOINTS = [[TILE * rows, TILE * columns] for rows in (1, 2, 3) for columns in 
 ASPECT = "anyres_max_3"
 
 
-class StillsOnly(LlavaOnevisionProcessor):  # type: ignore[misc]
-    """Without a video processor, which transformers makes with torchvision only."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """Accept that there is none."""
-        if argument_name == "video_processor":
-            return None
-        return super().check_argument_for_proper_class(argument_name, argument)
-
-
 def build_processor() -> Any:
     """Word-level, for pictures of any size in tiles of 24 × 24, nine tokens each."""
     images = LlavaOnevisionImageProcessorPil(
         size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
     )
-    return StillsOnly(
+    return tiled.stills_only(LlavaOnevisionProcessor)(
         images,
         tokenizer(),
         None,

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from families import tiled
+
 PATCH, MERGE = 4, 2
 _WORDS = (
     "<pad> <|endoftext|> <|im_start|> <|im_end|> <unk> <|vision_start|> <|vision_end|> "
@@ -65,15 +67,7 @@ def build_processor(kind: type[Any]) -> Any:
         patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": 256, "longest_edge": 4096}
     )
 
-    class StillsOnly(kind):  # type: ignore[misc]
-        """Without a video processor, which transformers makes with torchvision only."""
-
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor":
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-    return StillsOnly(images, tokenizer(), None, chat_template=TEMPLATE)
+    return tiled.stills_only(kind)(images, tokenizer(), None, chat_template=TEMPLATE)
 
 
 def loud(model: Any, seed: int = 0) -> Any:
