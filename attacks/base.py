@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -25,7 +25,9 @@ from targets.base import Batch, ImageView, Knowledge
 
 TRACE_POINTS = 64
 """Length to which a loss trace is thinned; checks see it whole."""
-_COMPRESSION_AWARE = frozenset({Knowledge.COMPRESSED, Knowledge.WHITE_BOX})
+_COMPRESSION_AWARE = frozenset(
+    {Knowledge.COMPRESSED, Knowledge.WHITE_BOX, Knowledge.QUERY, Knowledge.SCORES}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Proposal:
         gradient: ``[steps, B]`` largest absolute pixel gradient of each step.
         mask: ``[B, 1, H, W]`` of 0 and 1; pixels with 0 are restored to the clean image exactly.
         notes: remarks for the report, e.g. a component that could not be used.
+        made_by: of an attack made of others, what made each sample's image; empty for the rest.
     """
 
     images: Tensor
@@ -46,6 +49,7 @@ class Proposal:
     gradient: Tensor | None = None
     mask: Tensor | None = None
     notes: tuple[str, ...] = ()
+    made_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,13 @@ class AttackResult:
         linf: float64 ``[B]``, largest absolute change, measured after rounding.
         l2: float64 ``[B]``, Euclidean length of the change over pixels and channels.
         checks: per sample the messages of `attacks.checks` that fired.
-        forwards: passes of one image through the target, per sample.
+        forwards: passes of one image through a model, per sample; queries aside.
         backwards: gradients taken, per sample.
         notes: remarks on the whole call.
+        queries: questions to the deployed target, per sample.
+        base: ``[B, 3, H, W]`` what the budget is measured from (`Attack.canvas` of the clean
+            images), exact multiples of 1/255.
+        made_by: see `Proposal`.
     """
 
     images: Tensor
@@ -70,7 +78,10 @@ class AttackResult:
     checks: tuple[tuple[str, ...], ...]
     forwards: int
     backwards: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    queries: int
+    base: Tensor
+    made_by: tuple[str, ...]
 
 
 class Attack(ABC):
@@ -102,12 +113,27 @@ class Attack(ABC):
 
     @property
     def knows_compression(self) -> bool:
-        """Whether its images depend on the compressor; if not, one image serves all of them."""
+        """Whether its images depend on the compressor; if not, one image serves all of them.
+
+        An attack that only asks the deployed target does not know its compressor, but its images
+        depend on it all the same.
+        """
         return self.needs in _COMPRESSION_AWARE
 
     def budget(self, epsilon: float) -> Budget:
         """The budget at a radius; attacks with steps, alpha, restarts or a norm pass them on."""
         return Budget(epsilon)
+
+    def canvas(self, images: Tensor) -> Tensor:
+        """The pictures the budget is measured from: the clean ones, unless a frame is added.
+
+        Args:
+            images: clean, ``[B, 3, H, W]`` in [0, 1].
+
+        Returns:
+            Pictures of the same shape; `propose` sees them as the batch's images.
+        """
+        return images
 
     @abstractmethod
     def propose(
@@ -148,17 +174,18 @@ class Attack(ABC):
         """
         budget = self.budget(epsilon)
         clean = _check_batch(batch, seeds)
+        base = from_levels(to_levels(self.canvas(clean)))
+        own = replace(batch, images=base.clone())
         meter = Meter()
         metered = MeteredView(view, self.needs, meter)
         if budget.is_empty:
             why = () if epsilon == 0 else (f"epsilon {epsilon:.3g} is below one 8-bit level",)
-            return _result(batch, batch.images.clone(), Proposal(clean, notes=why), meter)
+            return _result(base, base.clone(), Proposal(base, notes=why), meter)
         with torch.inference_mode(False), torch.enable_grad():
-            own = Batch(batch.ids, clean.clone(), batch.questions, batch.answers)
             proposed = self.propose(metered, own, budget, SeedBank(seeds, clean.device))
         proposal = proposed if isinstance(proposed, Proposal) else Proposal(proposed)
         with torch.no_grad():
-            result = _result(batch, _admit(batch, clean, proposal, budget), proposal, meter)
+            result = _result(base, _admit(batch, base, proposal, budget), proposal, meter)
         _verify(batch, budget, result)
         return result
 
@@ -221,9 +248,9 @@ def _blame(batch: Batch, bad: Tensor, message: str) -> None:
     raise AttackError(f"{message} (samples {', '.join(ids)})", sample_ids=ids)
 
 
-def _result(batch: Batch, images: Tensor, proposal: Proposal, meter: Meter) -> AttackResult:
-    linf, l2 = norms((to_levels(images) - to_levels(batch.images)).double() / 255)
-    count = len(batch.ids)
+def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> AttackResult:
+    linf, l2 = norms((to_levels(images) - to_levels(base)).double() / 255)
+    count = len(base)
     losses = _columns(proposal.loss, count)
     gradients = _columns(proposal.gradient, count)
     return AttackResult(
@@ -235,6 +262,9 @@ def _result(batch: Batch, images: Tensor, proposal: Proposal, meter: Meter) -> A
         forwards=math.ceil(meter.forwards / max(count, 1)),
         backwards=math.ceil(meter.backwards / max(count, 1)),
         notes=proposal.notes,
+        queries=math.ceil(meter.queries / max(count, 1)),
+        base=base,
+        made_by=proposal.made_by,
     )
 
 

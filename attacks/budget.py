@@ -30,6 +30,7 @@ class Budget:
         alpha: step size in the unit of epsilon; None lets `step_size` choose.
         steps: optimisation steps of one restart.
         restarts: how often the optimisation starts afresh; the best is kept per sample.
+        queries: most questions to the deployed target, per sample; 0 where none are asked.
 
     Raises:
         AttackError: for a radius that is negative, not finite, or above 1 in linf.
@@ -40,6 +41,7 @@ class Budget:
     alpha: float | None = None
     steps: int = 0
     restarts: int = 1
+    queries: int = 0
 
     def __post_init__(self) -> None:
         top = 1.0 if self.norm == "linf" else math.inf

@@ -7,12 +7,15 @@ Images are float32 RGB in [0, 1], ``[B, 3, H, W]``, unless a name says otherwise
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from targets.compression.base import Compressor
 
 Path = Literal["full", "compressed"]
 
@@ -32,6 +35,38 @@ class Knowledge(StrEnum):
     """Other models only; nothing of the target."""
     QUERY = "query"
     """Text answers of the deployed target to images, counted."""
+    SCORES = "scores"
+    """Also how likely the deployed target finds each answer option, counted; no gradients."""
+
+
+CALLS: Final = {
+    "token_mask_to_pixels": Knowledge.NONE,
+    "encode": Knowledge.ENCODER,
+    "layers": Knowledge.ENCODER,
+    "rank": Knowledge.COMPRESSED,
+    "answer_nll": Knowledge.WHITE_BOX,
+    "answer_logprobs": Knowledge.WHITE_BOX,
+    "full_and_rank": Knowledge.WHITE_BOX,
+    "option_logprobs": Knowledge.WHITE_BOX,
+    "ask": Knowledge.QUERY,
+    "option_scores": Knowledge.SCORES,
+}
+"""Every call a view of the target can have, and the least knowledge that grants it."""
+
+_GRANTED: Final = {
+    Knowledge.NONE: (Knowledge.NONE,),
+    Knowledge.ENCODER: (Knowledge.NONE, Knowledge.ENCODER),
+    Knowledge.COMPRESSED: (Knowledge.NONE, Knowledge.ENCODER, Knowledge.COMPRESSED),
+    Knowledge.QUERY: (Knowledge.NONE, Knowledge.QUERY),
+    Knowledge.SCORES: (Knowledge.NONE, Knowledge.QUERY, Knowledge.SCORES),
+    Knowledge.WHITE_BOX: tuple(one for one in Knowledge if one is not Knowledge.SURROGATE),
+    Knowledge.SURROGATE: (Knowledge.SURROGATE,),
+}
+
+
+def includes(view: Knowledge, need: Knowledge) -> bool:
+    """Whether a view of one knowledge offers all that another needs."""
+    return need in _GRANTED[view]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +78,37 @@ class Batch:
         images: clean images, float32 ``[B, 3, H, W]`` in [0, 1], exact multiples of 1/255.
         questions: the user's text for each image, without any chat template.
         answers: the correct answer of each sample, as the model would spell it.
+        options: the closed set of answers to each question, the correct one included; an empty
+            tuple for an open question. None: all are open.
+        judges: whether a text is a right answer, one for each sample. None: a text is right if it
+            is the correct answer but for case and surrounding space.
     """
 
     ids: tuple[str, ...]
     images: Tensor
     questions: tuple[str, ...]
     answers: tuple[str, ...]
+    options: tuple[tuple[str, ...], ...] | None = None
+    judges: tuple[Callable[[str], bool], ...] | None = None
+
+    def right(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each of B answers is right."""
+        if self.judges is not None:
+            return [judge(text) for judge, text in zip(self.judges, texts, strict=True)]
+        pairs = zip(texts, self.answers, strict=True)
+        return [text.strip().lower() == answer.strip().lower() for text, answer in pairs]
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """Some of the samples, in this order."""
+        options, judges = self.options, self.judges
+        return Batch(
+            ids=tuple(self.ids[i] for i in indices),
+            images=self.images[list(indices)],
+            questions=tuple(self.questions[i] for i in indices),
+            answers=tuple(self.answers[i] for i in indices),
+            options=None if options is None else tuple(options[i] for i in indices),
+            judges=None if judges is None else tuple(judges[i] for i in indices),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +150,20 @@ class VisionOutput:
     score: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class TowerLayer:
+    """What one layer of a vision tower shows of the visual tokens, live; no CLS.
+
+    Attributes:
+        hidden: ``[B, V, D]`` output of the layer, mean over the patches of a token.
+        score: ``[B, V]`` head-mean attention of CLS to the tokens in this layer; mean attention
+            received where the tower has no CLS.
+    """
+
+    hidden: Tensor
+    score: Tensor
+
+
 @runtime_checkable
 class ImageView(Protocol):
     """Knowledge.NONE: geometry only."""
@@ -109,19 +183,43 @@ class EncoderView(ImageView, Protocol):
         """Run the vision tower on ``[B, 3, H, W]`` images in [0, 1]."""
         ...
 
+    def layers(
+        self, images: Tensor, numbers: Sequence[int], *, normalised: bool = False
+    ) -> tuple[TowerLayer, ...]:
+        """Layers of the vision tower, from one pass that ends behind the deepest of them.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            numbers: layers of the tower counted as in a list: 0 the first, −1 the last.
+            normalised: apply the tower's final normalisation to `hidden`, where it has one.
+        """
+        ...
+
 
 @runtime_checkable
 class CompressedView(EncoderView, Protocol):
     """Knowledge.COMPRESSED: also the compressor and what it ranks with."""
 
-    def rank(self, images: Tensor, questions: tuple[str, ...]) -> Ranking:
-        """Rank the visual tokens; runs no module past the ranking point."""
+    def rank(
+        self, images: Tensor, questions: tuple[str, ...], *, under: Compressor | None = None
+    ) -> Ranking:
+        """Rank the visual tokens; runs no module past the ranking point.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B prompts.
+            under: a compressor the attacker imagines; None is the one in use, if it is known.
+        """
         ...
 
 
 @runtime_checkable
 class WhiteBoxView(CompressedView, Protocol):
-    """Knowledge.WHITE_BOX: the whole model; `rank` and the compressed path need a compressor."""
+    """Knowledge.WHITE_BOX: the whole model.
+
+    `rank` and the compressed path need a compressor: the one in use where it is known, or one the
+    attacker imagines (`under`). Also has what `ScoreView` has.
+    """
 
     def answer_nll(
         self,
@@ -131,6 +229,7 @@ class WhiteBoxView(CompressedView, Protocol):
         *,
         path: Path = "full",
         straight_through: bool = False,
+        under: Compressor | None = None,
     ) -> Tensor:
         """Mean negative log-likelihood of the answer's tokens, ``[B]``; end token included.
 
@@ -141,6 +240,7 @@ class WhiteBoxView(CompressedView, Protocol):
             path: with all visual tokens, or through the compressor.
             straight_through: on the compressed path, forward the hard selection but let gradient
                 reach the scores through a sigmoid relaxation of the top-k.
+            under: a compressor the attacker imagines on the compressed path.
         """
         ...
 
@@ -151,12 +251,100 @@ class WhiteBoxView(CompressedView, Protocol):
         answers: tuple[str, ...],
         *,
         path: Path = "full",
+        under: Compressor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probabilities ``[B, A, vocabulary]``, their bool mask ``[B, A]``."""
         ...
 
     def full_and_rank(
-        self, images: Tensor, questions: tuple[str, ...], answers: tuple[str, ...]
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        answers: tuple[str, ...],
+        *,
+        under: Compressor | None = None,
     ) -> tuple[Tensor, Tensor, Ranking]:
         """`answer_logprobs` on the full path and `rank`, sharing one forward pass."""
         ...
+
+    def option_logprobs(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: Path = "full",
+        straight_through: bool = False,
+    ) -> Tensor:
+        """Log-probability of each answer option, live, ``[B, O]``.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B prompts.
+            options: of each sample; all samples have the same number O.
+            path: with all visual tokens, or through the compressor.
+            straight_through: see `answer_nll`.
+
+        Returns:
+            Of the first answer token where that tells the options of every sample apart (one
+            pass), else of the whole option, end token included (O passes).
+        """
+        ...
+
+    def ask(
+        self, images: Tensor, questions: tuple[str, ...], *, path: Path = "compressed"
+    ) -> tuple[str, ...]:
+        """B greedy answers; see `QueryView`. A white box may ask either path."""
+        ...
+
+
+@runtime_checkable
+class QueryView(Protocol):
+    """Knowledge.QUERY: the deployed target as its users have it. Every image asked is counted."""
+
+    knowledge: Knowledge
+
+    def ask(self, images: Tensor, questions: tuple[str, ...]) -> tuple[str, ...]:
+        """B greedy text answers of the deployed, compressed target.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1]; rounded to 8 bits on the way, as a file would be.
+            questions: B prompts.
+        """
+        ...
+
+
+@runtime_checkable
+class ScoreView(QueryView, Protocol):
+    """Knowledge.SCORES: also how likely the deployed target finds the answer options."""
+
+    def option_scores(
+        self, images: Tensor, questions: tuple[str, ...], options: tuple[tuple[str, ...], ...]
+    ) -> Tensor:
+        """Log-probability of each option, detached, ``[B, O]``; see `WhiteBoxView`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """Another model that the attacker has in full.
+
+    Attributes:
+        name: for reports.
+        depth: number of layers of its language model.
+        image_size: height and width it is made for; any other is resized by its preprocessing.
+        view: everything it computes; compressors have to be imagined (`under`).
+    """
+
+    name: str
+    depth: int
+    image_size: tuple[int, int]
+    view: WhiteBoxView
+
+
+@runtime_checkable
+class SurrogateView(Protocol):
+    """Knowledge.SURROGATE: other models, and nothing of the target."""
+
+    knowledge: Knowledge
+    surrogates: tuple[Surrogate, ...]

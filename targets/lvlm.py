@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from targets import loading
-from targets.base import ImageView, Knowledge
+from targets.base import ImageView, Knowledge, Surrogate, WhiteBoxView
 from targets.compression.base import Compressor, Selection
 from targets.compression.session import compress
 from targets.compression.trace import Forced
@@ -256,11 +256,21 @@ class LVLM:
 
         Args:
             knowledge: the attack's.
-            compressor: the one in use, if the attacker knows it. Without it a white-box view has
-                no `rank` and no compressed path.
+            compressor: the one in use, if the attacker knows it or asks the target that has it.
+                Without it a white-box view has no `rank` and no compressed path of its own.
 
         Raises:
             KnowledgeError: for knowledge under which nothing of this model is granted, or
                 ``compressed`` without a compressor.
         """
-        return make_view(self._passes, Knowledge(knowledge), compressor)
+
+        def ask(images: Tensor, questions: tuple[str, ...], compressed: bool) -> tuple[str, ...]:
+            using = compressor if compressed else None
+            return self.answer(images, questions, compressor=using).texts
+
+        return make_view(self._passes, Knowledge(knowledge), compressor, ask)
+
+    def surrogate(self, name: str) -> Surrogate:
+        """This model as another attacker's surrogate: everything it computes, no compressor."""
+        view = self.view(Knowledge.WHITE_BOX)
+        return Surrogate(name, len(self.family.layers), self.image_size, cast(WhiteBoxView, view))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from targets.base import Ranking, VisionOutput
+from targets.base import Ranking, TowerLayer, VisionOutput
 from targets.compression.base import Compressor, Stage
 from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
@@ -61,6 +61,27 @@ class Passes:
         inputs, layout, _ = self.inputs(images)
         vision = self.family.encode(inputs, [layout] * len(images))
         return VisionOutput(vision.patches, vision.attention().mean(1))
+
+    def tower_layers(
+        self, images: Tensor, numbers: Sequence[int], *, normalised: bool = False
+    ) -> tuple[TowerLayer, ...]:
+        """Layers of the vision tower, −1 the last; see `targets.base.EncoderView`."""
+        family = self.family
+        depth = family.tower_depth
+        wrong = [number for number in numbers if not -depth <= number < depth]
+        if wrong or not numbers:
+            raise TargetError(
+                f"vision tower layers are {list(numbers)}; this tower has {depth}, so they are "
+                f"from {-depth} to {depth - 1}, at least one"
+            )
+        inputs, layout, _ = self.inputs(images)
+        wanted = [number % depth for number in numbers]
+        vision = family.encode(inputs, [layout] * len(images), sorted(set(wanted)))
+        norm = family.final_norm() if normalised else None
+        return tuple(
+            TowerLayer(vision.hidden(number, norm), vision.attention(number).mean(1))
+            for number in wanted
+        )
 
     def rank(
         self,
@@ -178,6 +199,48 @@ class Passes:
             )
             columns.append(_of_targets(logprobs, talk))
         return torch.stack(columns, 1)
+
+    def option_logprobs(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        options: Sequence[Sequence[str]],
+        compressor: Compressor | None = None,
+        *,
+        straight_through: bool = False,
+    ) -> Tensor:
+        """Log-probability of each sample's own options, live; see `targets.base.WhiteBoxView`."""
+        counts = {len(one) for one in options}
+        if len(options) != len(questions) or len(counts) != 1 or 0 in counts:
+            raise TargetError(
+                f"{len(questions)} questions with options of {sorted(counts)} answers; every "
+                "sample needs options, and all the same number"
+            )
+        relax = RELAX if straight_through and compressor is not None else None
+        size, layout = self._shape(images, compressor)
+        columns = list(zip(*options, strict=True))
+        talks = [self.prompts.dialogue(questions, column, layout, size) for column in columns]
+        first = torch.stack([talk.targets[:, 0] for talk in talks], 1)  # [B, O]
+        if all(len(set(row)) == len(row) for row in first.tolist()):
+            logprobs, _ = self.answer_logprobs(
+                images, questions, columns[0], compressor, relax=relax
+            )
+            return logprobs[:, 0].gather(1, first)
+        whole = []
+        for column in columns:
+            logprobs, talk = self.answer_logprobs(
+                images, questions, column, compressor, relax=relax
+            )
+            whole.append(_of_targets(logprobs, talk))
+        return torch.stack(whole, 1)
+
+    def _shape(self, images: Tensor, compressor: Compressor | None) -> tuple[Size, Layout]:
+        """Size and layout of pictures behind a compressor that acts on pixels."""
+        with torch.no_grad():
+            for one in () if compressor is None else parts_of(compressor):
+                images = one.shrink(images)
+        size = (images.shape[-2], images.shape[-1])
+        return size, self.layout(size)
 
     def generate(
         self,

@@ -7,16 +7,29 @@ milliseconds and where every number can be checked by hand.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from targets.base import Batch, Knowledge, Path, Ranking, VisionOutput
+from targets.base import (
+    Batch,
+    Knowledge,
+    Path,
+    Ranking,
+    Surrogate,
+    TowerLayer,
+    VisionOutput,
+    includes,
+)
 from targets.errors import KnowledgeError
 
-_ORDER = (Knowledge.NONE, Knowledge.ENCODER, Knowledge.COMPRESSED, Knowledge.WHITE_BOX)
 VOCABULARY = 7
+DEPTH = 3
+"""Layers of the fake's tower."""
+_WORDS = {2: "no", 3: "yes"}
 
 
 def make_batch(count: int = 4, size: int = 16, seed: int = 0) -> Batch:
@@ -33,8 +46,7 @@ def make_batch(count: int = 4, size: int = 16, seed: int = 0) -> Batch:
 
 def pick(batch: Batch, index: int) -> Batch:
     """One sample of a batch, as a batch."""
-    here = slice(index, index + 1)
-    return Batch(batch.ids[here], batch.images[here], batch.questions[here], batch.answers[here])
+    return batch.rows([index])
 
 
 def text_vector(text: str, width: int) -> Tensor:
@@ -69,6 +81,8 @@ class FakeView:
         self.embed = torch.randn(pixels, dim, generator=generator) / pixels**0.5 * 3
         self.to_key = torch.randn(dim, dim, generator=generator) / dim**0.5
         self.head = torch.randn(dim, VOCABULARY, generator=generator)
+        self.blocks = torch.randn(DEPTH, dim, dim, generator=generator) / dim**0.5
+        self.cls = torch.randn(DEPTH, dim, generator=generator)
 
     def token_mask_to_pixels(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         rows = size[0] // self.patch
@@ -80,7 +94,21 @@ class FakeView:
         features = self._features(images)
         return VisionOutput(features, features.norm(dim=-1))
 
-    def rank(self, images: Tensor, questions: tuple[str, ...]) -> Ranking:
+    def layers(
+        self, images: Tensor, numbers: Sequence[int], *, normalised: bool = False
+    ) -> tuple[TowerLayer, ...]:
+        self._enter("layers", Knowledge.ENCODER)
+        hidden, found = self._features(images), []
+        for block, cls in zip(self.blocks, self.cls, strict=True):
+            # Row by row, so that a sample does not depend on its neighbours.
+            hidden = torch.stack([torch.tanh(row @ block) for row in hidden])
+            score = torch.stack([row @ cls for row in hidden]).softmax(-1)
+            shown = torch.nn.functional.normalize(hidden, dim=-1) if normalised else hidden
+            found.append(TowerLayer(shown, score))
+        return tuple(found[number] for number in numbers)
+
+    def rank(self, images: Tensor, questions: tuple[str, ...], *, under: Any = None) -> Ranking:
+        del under
         self._enter("rank", Knowledge.COMPRESSED)
         return self._rank(images, questions)
 
@@ -92,7 +120,9 @@ class FakeView:
         *,
         path: Path = "full",
         straight_through: bool = False,
+        under: Any = None,
     ) -> Tensor:
+        del under
         self._enter(f"answer_nll {path}", Knowledge.WHITE_BOX)
         logprobs, _ = self._answer(images, questions, path, straight_through)
         wanted = torch.tensor([len(answer) % VOCABULARY for answer in answers])
@@ -105,21 +135,56 @@ class FakeView:
         answers: tuple[str, ...],
         *,
         path: Path = "full",
+        under: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        del answers
+        del answers, under
         self._enter(f"answer_logprobs {path}", Knowledge.WHITE_BOX)
         return self._answer(images, questions, path, False)
 
     def full_and_rank(
-        self, images: Tensor, questions: tuple[str, ...], answers: tuple[str, ...]
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        answers: tuple[str, ...],
+        *,
+        under: Any = None,
     ) -> tuple[Tensor, Tensor, Ranking]:
-        del answers
+        del answers, under
         self._enter("full_and_rank", Knowledge.WHITE_BOX)
         logprobs, mask = self._answer(images, questions, "full", False)
         return logprobs, mask, self._rank(images, questions)
 
+    def option_logprobs(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: Path = "full",
+        straight_through: bool = False,
+    ) -> Tensor:
+        self._enter(f"option_logprobs {path}", Knowledge.WHITE_BOX)
+        logprobs, _ = self._answer(images, questions, path, straight_through)
+        wanted = torch.tensor([[len(one) % VOCABULARY for one in row] for row in options])
+        return logprobs[:, 0].gather(1, wanted)
+
+    def ask(
+        self, images: Tensor, questions: tuple[str, ...], *, path: Path = "compressed"
+    ) -> tuple[str, ...]:
+        self._enter(f"ask {path}", Knowledge.QUERY)
+        logprobs, _ = self._answer(images, questions, path, False)
+        return tuple(_WORDS.get(n, "w" * n) for n in logprobs[:, 0].argmax(-1).tolist())
+
+    def option_scores(
+        self, images: Tensor, questions: tuple[str, ...], options: tuple[tuple[str, ...], ...]
+    ) -> Tensor:
+        self._enter("option_scores", Knowledge.SCORES)
+        logprobs, _ = self._answer(images, questions, "compressed", False)
+        wanted = torch.tensor([[len(one) % VOCABULARY for one in row] for row in options])
+        return logprobs[:, 0].gather(1, wanted).detach()
+
     def _enter(self, call: str, needed: Knowledge) -> None:
-        if _ORDER.index(self.knowledge) < _ORDER.index(needed):
+        if not includes(self.knowledge, needed):
             raise KnowledgeError(f"{call} needs {needed.value}, the view is {self.knowledge.value}")
         self.calls.append(call)
 
@@ -168,3 +233,24 @@ class FakeView:
         logits = torch.stack([row @ self.head for row in pooled])
         logprobs = logits.log_softmax(-1)[:, None].expand(-1, 2, -1)
         return logprobs, torch.ones(logprobs.shape[:2], dtype=torch.bool)
+
+
+@dataclass
+class FakeSurrogates:
+    """SurrogateView over fakes of different seeds."""
+
+    count: int = 2
+    knowledge: Knowledge = Knowledge.SURROGATE
+
+    def __post_init__(self) -> None:
+        self.views = [FakeView(seed=10 + index) for index in range(self.count)]
+        self.surrogates = tuple(
+            Surrogate(f"fake-{index}", 2, (16, 16), view) for index, view in enumerate(self.views)
+        )
+
+
+def view_for(knowledge: Knowledge, **options: Any) -> FakeView | FakeSurrogates:
+    """The fake view an attack with this knowledge gets."""
+    if knowledge is Knowledge.SURROGATE:
+        return FakeSurrogates()
+    return FakeView(knowledge, **options)

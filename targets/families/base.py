@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -158,20 +158,33 @@ class Family(ABC):
             inputs: the image arguments of the forward, where it had them.
         """
 
-    def encode(self, inputs: dict[str, Tensor], layouts: Sequence[Layout]) -> VisionPass:
-        """Run the tower up to the feature layer.
+    def encode(
+        self, inputs: dict[str, Tensor], layouts: Sequence[Layout], layers: Sequence[int] = ()
+    ) -> VisionPass:
+        """Run the tower up to the feature layer, or as far as `layers` go.
 
         Args:
             inputs: what `Preprocessing.inputs` made.
             layouts: of the images.
+            layers: further ones to capture, 0-based.
         """
-        tap = self.tap(stop=True)
+        tap = self.tap(layers, stop=True)
         with tap, contextlib.suppress(FeaturesReached):
             self.run_tower(inputs)
         captured = tap.latest
         if captured is None:
             raise TargetError("the vision tower ran without passing its feature layer")
         return self.arrange(captured, layouts, inputs)
+
+    def final_norm(self) -> Callable[[Tensor], Tensor] | None:
+        """The normalisation behind the tower's last layer, patch by patch; None without one."""
+        homes = (self.tower, getattr(self.tower, "vision_model", None))
+        for home in homes:
+            for name in ("post_layernorm", "layernorm"):
+                found: Callable[[Tensor], Tensor] | None = getattr(home, name, None)
+                if found is not None:
+                    return found
+        return None
 
     def run_tower(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
         """Run whatever of the model runs the tower; hooks see it."""

@@ -92,9 +92,17 @@ class VisionPass:
         found = self._bare(self._layer(layer).keys, 2).transpose(1, 2)
         return self.per_token(found).mean(2).transpose(1, 2)
 
-    def hidden(self, layer: int | None = None) -> Tensor:
-        """``[I, V, D]`` a captured layer's output, mean over the patches of a token."""
-        return self.per_token(self._bare(self._layer(layer).hidden, 1)).mean(2)
+    def hidden(
+        self, layer: int | None = None, norm: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """``[I, V, D]`` a captured layer's output, mean over the patches of a token.
+
+        Args:
+            layer: the feature layer if None.
+            norm: applied to every patch before.
+        """
+        found = self._bare(self._layer(layer).hidden, 1)
+        return self.per_token(found if norm is None else norm(found)).mean(2)
 
     def attention(self, layer: int | None = None) -> Tensor:
         """``[I, N, V]`` attention of CLS to the patches of its run; received without CLS."""

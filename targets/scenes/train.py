@@ -355,8 +355,11 @@ PRESETS: Final[dict[str, Recipe]] = {
     "scenes-b": Recipe(
         shape=build.Shape(width=160, mlp=288, heads=5, vision_layers=3, text_layers=5), seed=2
     ),
+    "scenes-c": Recipe(
+        shape=build.Shape(width=112, mlp=320, heads=7, vision_layers=5, text_layers=7), seed=3
+    ),
 }
-"""The two shipped checkpoints; scenes-b is the surrogate: another seed, width, depth and heads."""
+"""The shipped checkpoints; b and c are surrogates: another seed, width, depth and heads each."""
 
 
 def main() -> None:
