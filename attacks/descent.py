@@ -73,6 +73,7 @@ def descend(
     *,
     how: Descent | None = None,
     mask: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Proposal:
     """Minimise an objective over the ball around the clean images.
 
@@ -84,6 +85,7 @@ def descend(
         rng: randomness of the starts.
         how: options of the loop.
         mask: ``[B, 1, H, W]`` of 0 and 1; only pixels with 1 move.
+        start: images in the ball at which the first restart begins; None follows `how`.
 
     Returns:
         Per sample the best judged iterate over all restarts, with the trace of its restart.
@@ -92,27 +94,49 @@ def descend(
         AttackError: the loss does not depend on the image, or a loss or gradient is not finite.
     """
     how = how or Descent()
-    runs = [
-        _run(objective, batch, budget, rng.child(f"restart {index}"), how, mask, index > 0)
-        for index in range(budget.restarts)
-    ]
-    best = runs[0]
-    for run in runs[1:]:
-        best = _better(best, run)
+    first = start if start is not None or how.random_start else batch.images
+
+    def run(begin: Tensor) -> Run:
+        return _run(objective, batch, budget, begin, how, mask)
+
+    best = best_restart(run, batch.images, budget, rng, mask, first)
     return Proposal(best.images, best.loss, best.gradient, mask)
 
 
+def best_restart(
+    run: Callable[[Tensor], Run],
+    clean: Tensor,
+    budget: Budget,
+    rng: SeedBank,
+    mask: Tensor | None,
+    first: Tensor | None,
+) -> Run:
+    """The best of several runs per sample, the first from `first`, others from random points."""
+    found = None
+    for index in range(budget.restarts):
+        begin = first if index == 0 else None
+        if begin is None:
+            begin = random_point(clean, budget, rng.child(f"restart {index}"), mask)
+        found = run(begin) if found is None else better(found, run(begin))
+    if found is None:
+        raise AttackError(f"restarts is {budget.restarts}; allowed: at least 1")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
+    """What came of one start, per sample: best judged iterate, its loss, the traces."""
+
     images: Tensor  # [B, 3, H, W]
     best: Tensor  # [B]
     loss: Tensor  # [T + 1, B]
     gradient: Tensor  # [T, B]
 
 
-def _better(one: _Run, two: _Run) -> _Run:
+def better(one: Run, two: Run) -> Run:
+    """Of each sample the run with the lower loss."""
     take = two.best < one.best
-    return _Run(
+    return Run(
         torch.where(take.view(-1, 1, 1, 1), two.images, one.images),
         torch.where(take, two.best, one.best),
         torch.where(take, two.loss, one.loss),
@@ -124,13 +148,12 @@ def _run(
     objective: Objective,
     batch: Batch,
     budget: Budget,
-    rng: SeedBank,
+    start: Tensor,
     how: Descent,
     mask: Tensor | None,
-    restarted: bool,
-) -> _Run:
+) -> Run:
     clean, count = batch.images, len(batch.images)
-    images = _start(clean, budget, rng, mask) if how.random_start or restarted else clean.clone()
+    images = start.clone()
     kept = clean.clone()
     best = torch.full((count,), math.inf, device=clean.device)
     frozen = torch.zeros(count, dtype=torch.bool, device=clean.device)
@@ -139,7 +162,9 @@ def _run(
     slopes: list[Tensor] = []
     for step in range(budget.steps + 1):
         last = step == budget.steps
-        judged_images, loss, gradient = _evaluate(objective, batch, images, budget, step, last, how)
+        judged_images, loss, gradient = evaluate(
+            objective, batch, images, budget, step, rounded=how.rounded
+        )
         judged = last or step % how.judge_every == 0
         losses.append(loss.masked_fill(frozen, math.nan) if judged else loss * math.nan)
         if judged:
@@ -156,12 +181,12 @@ def _run(
         slopes.append(gradient.abs().flatten(1).amax(1).masked_fill(frozen, math.nan))
         velocity = _accumulate(velocity, gradient, how.momentum)
         size = budget.step_size * step_scale(how.schedule, step, budget.steps)
-        moved = project(clean, images - size * _direction(velocity, budget), budget)
+        moved = project(clean, images - size * direction(velocity, budget), budget)
         images = torch.where(frozen.view(-1, 1, 1, 1), images, moved)
-    return _Run(kept, best, _pad(losses, budget.steps + 1, best), _pad(slopes, budget.steps, best))
+    return Run(kept, best, pad(losses, budget.steps + 1, best), pad(slopes, budget.steps, best))
 
 
-def _start(clean: Tensor, budget: Budget, rng: SeedBank, mask: Tensor | None) -> Tensor:
+def random_point(clean: Tensor, budget: Budget, rng: SeedBank, mask: Tensor | None) -> Tensor:
     """A random point of the ball: uniform in linf; random direction and radius in l2."""
     shape = clean.shape[1:]
     if budget.norm == "linf":
@@ -173,17 +198,18 @@ def _start(clean: Tensor, budget: Budget, rng: SeedBank, mask: Tensor | None) ->
     return project(clean, clean + (noise if mask is None else noise * mask), budget)
 
 
-def _evaluate(
+def evaluate(
     objective: Objective,
     batch: Batch,
     images: Tensor,
     budget: Budget,
     step: int,
-    last: bool,
-    how: Descent,
+    *,
+    rounded: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The image judged, its loss ``[B]`` and, except at the last step, the gradient."""
-    if how.rounded:
+    last = step == budget.steps
+    if rounded:
         images = quantise(batch.images, images, budget)
     images = images.detach().requires_grad_(not last)
     with torch.set_grad_enabled(not last):
@@ -230,7 +256,7 @@ def _accumulate(velocity: Tensor, gradient: Tensor, momentum: float) -> Tensor:
     return momentum * velocity + gradient / size
 
 
-def _direction(velocity: Tensor, budget: Budget) -> Tensor:
+def direction(velocity: Tensor, budget: Budget) -> Tensor:
     """Steepest direction of unit size in the norm of the budget."""
     if budget.norm == "linf":
         return velocity.sign()
@@ -238,7 +264,7 @@ def _direction(velocity: Tensor, budget: Budget) -> Tensor:
     return torch.div(velocity, length)
 
 
-def _pad(rows: list[Tensor], length: int, like: Tensor) -> Tensor:
+def pad(rows: list[Tensor], length: int, like: Tensor) -> Tensor:
     """Stack rows ``[B]`` to ``[length, B]``; steps skipped because all samples froze are NaN."""
     missing = [torch.full_like(like, math.nan)] * (length - len(rows))
     return torch.stack([*rows, *missing]) if length else like.new_zeros((0, len(like)))
