@@ -13,6 +13,9 @@ _NEEDS: Final[Mapping[str, frozenset[str]]] = {
     "encoder": frozenset({"gradients"}),
     "compressed": frozenset({"gradients", "visual_tokens"}),
     "white_box": frozenset({"gradients"}),
+    "query": frozenset({"generate"}),
+    "scores": frozenset({"generate", "option_scores"}),
+    "surrogate": frozenset(),
 }
 """What a target must be capable of for an attack with this knowledge."""
 
@@ -20,6 +23,8 @@ _NEEDS: Final[Mapping[str, frozenset[str]]] = {
 def mismatches(scenario: Scenario) -> list[Problem]:
     """What cannot work together, one problem for each pair."""
     found: list[Problem] = []
+    for surrogate in scenario.surrogates:
+        found += _checkpoint(surrogate)
     for target in scenario.targets:
         found += _checkpoint(target)
         offered = frozenset(target.signature.facts.get("capabilities", ()))
@@ -31,7 +36,7 @@ def mismatches(scenario: Scenario) -> list[Problem]:
                 )
             )
         for attack in scenario.attacks:
-            found += _attack_on(attack, target, offered)
+            found += _attack_on(attack, target, offered, scenario)
     for defense in scenario.defenses:
         kind = defense.signature.facts.get("kind", "input")
         if kind not in ("none", "input"):
@@ -44,7 +49,9 @@ def mismatches(scenario: Scenario) -> list[Problem]:
     return found
 
 
-def _attack_on(attack: Method, target: Method, offered: frozenset[str]) -> list[Problem]:
+def _attack_on(
+    attack: Method, target: Method, offered: frozenset[str], scenario: Scenario
+) -> list[Problem]:
     knowledge = str(attack.signature.facts.get("knowledge", ""))
     if knowledge not in _NEEDS:
         return [
@@ -54,6 +61,8 @@ def _attack_on(attack: Method, target: Method, offered: frozenset[str]) -> list[
                 allowed=", ".join(_NEEDS),
             )
         ]
+    if knowledge == "surrogate":
+        return _surrogates(attack, target, scenario)
     missing = sorted(_NEEDS[knowledge] - offered)
     if not missing:
         return []
@@ -62,6 +71,32 @@ def _attack_on(attack: Method, target: Method, offered: frozenset[str]) -> list[
             f"attack {attack.label!r} needs {' and '.join(missing)}, which target "
             f"{target.label!r} does not offer",
             allowed=f"attacks on what it offers: {', '.join(sorted(offered))}",
+        )
+    ]
+
+
+def _surrogates(attack: Method, target: Method, scenario: Scenario) -> list[Problem]:
+    """A transfer attack needs other models, and those it names have to be there."""
+    from redteam.plan import surrogates_of
+
+    known = [one.label for one in scenario.surrogates]
+    for name in attack.options.get("surrogates") or ():
+        if name not in known:
+            return [
+                attack.problem(
+                    f"attack {attack.label!r} names surrogate {name!r}, which the scenario does "
+                    "not list",
+                    allowed=", ".join(known) or "entries of `surrogates:`, which is empty",
+                    hint=nearest(name, known),
+                )
+            ]
+    if surrogates_of(scenario, target, attack):
+        return []
+    return [
+        attack.problem(
+            f"attack {attack.label!r} has no surrogate to work on against target {target.label!r}",
+            allowed="`surrogates:` in the scenario, a list like `targets`, with another model "
+            "than the target",
         )
     ]
 

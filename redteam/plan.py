@@ -39,9 +39,11 @@ class ImageGroup:
         target: attacked model.
         attack: what attacks it.
         epsilon: budget.
-        known: the compression the attack knows; None if it knows none.
+        known: the compression the attack knows or asks; None if it knows none.
         gradients: gradient steps of one sample.
         cells: what is evaluated on the images.
+        queries: most questions to the target about one sample.
+        surrogates: models the attack works on instead of the target.
     """
 
     id: str
@@ -51,6 +53,8 @@ class ImageGroup:
     known: Method | None
     gradients: int
     cells: tuple[PlannedCell, ...]
+    queries: int = 0
+    surrogates: tuple[Method, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,8 @@ def make_plan(scenario: Scenario) -> Plan:
     problems = mismatches(scenario)
     if problems:
         raise ScenarioError(problems)
-    for method in (*scenario.compressions, *scenario.defenses, *scenario.targets):
+    models = (*scenario.targets, *scenario.surrogates)
+    for method in (*scenario.compressions, *scenario.defenses, *models):
         method.create()
     groups = [
         group
@@ -159,6 +164,7 @@ class _Traits:
     knows_compression: bool
     norm: str
     gradients: int
+    queries: int
 
 
 def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: ANN401
@@ -173,6 +179,7 @@ def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: 
         knows_compression=bool(instance.knows_compression),
         norm=budget.norm,
         gradients=steps * budget.restarts,
+        queries=budget.queries,
     )
 
 
@@ -185,8 +192,10 @@ def _groups(scenario: Scenario, target: Method, attack: Method) -> Iterator[Imag
             shared = [[compression] for compression in scenario.compressions]
         for compressions in shared:
             known = compressions[0] if traits.knows_compression else None
+            others = surrogates_of(scenario, target, attack) if _on_others(traits) else ()
             made = {
-                "target": target.spec,
+                # What works on other models makes the same images whatever the target is.
+                "target": [one.spec for one in others] or target.spec,
                 "attack": attack.spec,
                 "epsilon": epsilon,
                 "compression": known.spec if known else None,
@@ -198,12 +207,34 @@ def _groups(scenario: Scenario, target: Method, attack: Method) -> Iterator[Imag
                 epsilon=epsilon,
                 known=known,
                 gradients=traits.gradients,
+                queries=traits.queries,
+                surrogates=others,
                 cells=tuple(
-                    _cell(target, compression, attack, defense, epsilon, traits)
+                    _cell(target, compression, attack, defense, epsilon, traits, others)
                     for compression in compressions
                     for defense in scenario.defenses
                 ),
             )
+
+
+def _on_others(traits: _Traits) -> bool:
+    return traits.needs == "surrogate"
+
+
+def surrogates_of(scenario: Scenario, target: Method, attack: Method) -> tuple[Method, ...]:
+    """The models a transfer attack works on: those it names, or all but the target itself.
+
+    Args:
+        scenario: offers them.
+        target: what will be attacked with the images.
+        attack: its option `surrogates` holds labels; empty for all others.
+    """
+    named = attack.options.get("surrogates") or ()
+    return tuple(
+        one
+        for one in scenario.surrogates
+        if (one.label in named if named else one.spec != target.spec)
+    )
 
 
 def _cell(
@@ -213,6 +244,7 @@ def _cell(
     defense: Method,
     epsilon: float,
     traits: _Traits,
+    surrogates: Sequence[Method],
 ) -> PlannedCell:
     spec = {
         "target": target.spec,
@@ -221,6 +253,8 @@ def _cell(
         "defense": defense.spec,
         "epsilon": epsilon,
     }
+    if surrogates:
+        spec["surrogates"] = [{"name": one.label, **one.spec} for one in surrogates]
     cell = Cell(
         id=digest(spec)[:10],
         target=target.label,

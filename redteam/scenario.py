@@ -27,6 +27,7 @@ from reports.records import GateSpec
 
 _LISTS: Final[Mapping[str, Kind]] = {
     "targets": "targets",
+    "surrogates": "targets",
     "compressions": "compressors",
     "attacks": "attacks",
     "defenses": "defenses",
@@ -112,6 +113,7 @@ class Scenario:
         compressions: at least one.
         attacks: at least one, each with its epsilons.
         defenses: at least one; `none` if the file names none.
+        surrogates: models that attacks with knowledge ``surrogate`` work on.
         gates: with `where` resolved to labels.
         engine: how to run it.
         path: of the file.
@@ -132,6 +134,7 @@ class Scenario:
     path: Path
     text: str
     overrides: tuple[str, ...] = ()
+    surrogates: tuple[Method, ...] = ()
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides results, as plain JSON data.
@@ -150,6 +153,7 @@ class Scenario:
             ],
             "defenses": [_named(method) for method in self.defenses],
             "gates": [gate.model_dump(mode="json", exclude={"line"}) for gate in self.gates],
+            **({"surrogates": list(map(_named, self.surrogates))} if self.surrogates else {}),
         }
 
     @property
@@ -283,6 +287,7 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
         path=path,
         text="".join(f"# --set {item}\n" for item in overrides) + document.text,
         overrides=overrides,
+        surrogates=built["surrogates"],
     )
 
 

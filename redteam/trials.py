@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from redteam.diagnosis import Places, compare, judge
 from redteam.pictures import distance
-from reports.records import Answers, Cell, Swap, Tokens, Trial
+from reports.records import Answers, Cell, Effort, Swap, Tokens, Trial
 
 if TYPE_CHECKING:
     from redteam.batching import Failure
@@ -27,6 +27,9 @@ class Attacked:
         checks: self-checks that fired, and the attack's notes.
         seed: it was made with.
         seconds: this sample's share of the attack.
+        effort: what making it took.
+        made_by: which part of a combined attack made it.
+        base: what its budget was measured from.
     """
 
     shot: Shot
@@ -35,6 +38,9 @@ class Attacked:
     checks: tuple[str, ...]
     seed: int
     seconds: float
+    effort: Effort
+    made_by: str
+    base: Shot
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,10 @@ def measured(
         ),
         tokens=_tokens(compressed, hit, places, evidence),
         swap=_swap(swapped),
-        distance=distance(clean.pixels, attacked.shot.pixels),
+        distance=distance(attacked.base.pixels, attacked.shot.pixels),
+        base_png=None if attacked.base.png == clean.png else attacked.base.png,
+        effort=attacked.effort,
+        made_by=attacked.made_by,
         clean_png=clean.png,
         attacked_png=attacked.shot.png,
         loss=attacked.loss,

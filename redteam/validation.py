@@ -96,6 +96,7 @@ class Header(BaseModel):
     description: str = ""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     targets: Items
+    surrogates: list[Any] = Field(default_factory=list)
     dataset: dict[str, Any]
     compressions: Items
     attacks: Items

@@ -13,7 +13,7 @@ from typing import Any
 from reports.errors import ReportError
 from reports.gate import Progress, conclude, decide
 from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
-from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Manifest, Trial
+from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Effort, Manifest, Trial
 from reports.registry import METRICS, Metric
 from reports.statistics import Estimate, mcnemar_exact
 
@@ -36,7 +36,7 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
     Raises:
         ReportError: if a trial belongs to no cell or sample of the manifest.
     """
-    rows, timings = _collect(manifest, trials)
+    rows, timings, effort = _collect(manifest, trials)
     measured: dict[tuple[str, float], dict[str, Estimate]] = {}
 
     def of(cell: Cell, confidence: float) -> dict[str, Estimate]:
@@ -73,7 +73,10 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "gates": [gate.model_dump(mode="json") for gate in gates],
         "cells": [
-            _cell(manifest, cell, rows[cell.id], of(cell, CONFIDENCE), progress[cell.id])
+            {
+                **_cell(manifest, cell, rows[cell.id], of(cell, CONFIDENCE), progress[cell.id]),
+                **effort.get(cell.id, {}),
+            }
             for cell in manifest.cells
         ],
         "timings": timings,
@@ -95,10 +98,11 @@ def _filter(manifest: Manifest) -> dict[str, Any]:
 
 def _collect(
     manifest: Manifest, trials: Iterable[Trial]
-) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+) -> tuple[dict[str, list[Row]], dict[str, Any], dict[str, dict[str, Any]]]:
     order = {sample: index for index, sample in enumerate(manifest.samples)}
     cells: dict[str, dict[str, Row]] = {cell.id: {} for cell in manifest.cells}
     seconds: dict[str, Counter[str]] = {cell.id: Counter() for cell in manifest.cells}
+    efforts: dict[str, dict[str, tuple[Effort, str]]] = {cell.id: {} for cell in manifest.cells}
     for trial in trials:
         if trial.cell not in cells or trial.sample not in order:
             raise ReportError(
@@ -107,11 +111,27 @@ def _collect(
             )
         cells[trial.cell][trial.sample] = row_of(trial)
         seconds[trial.cell].update(trial.timings)
+        if trial.effort is not None:
+            efforts[trial.cell][trial.sample] = trial.effort, trial.made_by
     rows = {
         cell: [found[sample] for sample in sorted(found, key=order.__getitem__)]
         for cell, found in cells.items()
     }
-    return rows, _timings(seconds)
+    spent = {cell: _effort(list(found.values())) for cell, found in efforts.items() if found}
+    return rows, _timings(seconds), spent
+
+
+def _effort(trials: Sequence[tuple[Effort, str]]) -> dict[str, Any]:
+    """What making an image of a cell took, on average, and which part of a combined attack did."""
+    names = ("forwards", "backwards", "queries")
+    makers = Counter(maker for _, maker in trials if maker)
+    return {
+        "effort": {
+            name: round(sum(getattr(one, name) for one, _ in trials) / len(trials), 2)
+            for name in names
+        },
+        **({"made_by": dict(makers.most_common())} if makers else {}),
+    }
 
 
 def _timings(seconds: dict[str, Counter[str]]) -> dict[str, Any]:

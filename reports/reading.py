@@ -52,6 +52,11 @@ KNOWLEDGE = {
     "white_box": ("Everything", "all weights, gradients through the whole model, and its answers"),
     "surrogate": ("Other models", "surrogate models only; nothing of the target"),
     "query": ("Answers only", "text answers of the deployed model, counted"),
+    "scores": (
+        "Answers and their scores",
+        "text answers of the deployed model and how likely it finds each option, counted; "
+        "no gradients",
+    ),
 }
 """Title and meaning of each level of knowledge."""
 
@@ -65,6 +70,18 @@ HOW_TO_READ = (
     "Brackets are 95 % intervals. n/a means an empty denominator, never 0.",
 )
 """For readers who see such a report for the first time."""
+
+
+def compression_known(knowledge: str, depends: bool) -> str:
+    """What an attacker knows of the compression, in words.
+
+    Args:
+        knowledge: of the attack.
+        depends: whether its images depend on the compressor.
+    """
+    if knowledge in ("query", "scores"):
+        return "unknown; asks the model that has it"
+    return "knows it" if depends else "does not know it"
 
 
 def cell_name(cell: Cell) -> str:

@@ -105,6 +105,17 @@ class Distance(_Record):
     """Peak signal-to-noise ratio in dB; None when the images are equal."""
 
 
+class Effort(_Record):
+    """What making one attacked image took; images through a model, per sample."""
+
+    forwards: int
+    """Passes through the target or surrogates, queries aside."""
+    backwards: int
+    """Gradients taken."""
+    queries: int
+    """Questions to the deployed target."""
+
+
 class TrialError(_Record):
     """Why a trial could not be measured."""
 
@@ -138,6 +149,12 @@ class Trial(_Record):
     clean_png: str | None = None
     """Content hash (SHA-256, hex) of the clean image file under images/."""
     attacked_png: str | None = None
+    base_png: str | None = None
+    """What `distance` is measured from, where that is not the clean image (an added frame)."""
+    effort: Effort | None = None
+    """None in ledgers from before it was recorded."""
+    made_by: str = ""
+    """Of an attack made of others: which of them made the image."""
     loss: list[float] = Field(default_factory=list)
     """The attack's loss trace, at most 64 points, first and last included."""
     checks: list[str] = Field(default_factory=list)

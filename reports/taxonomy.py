@@ -78,6 +78,7 @@ _BY_KNOWLEDGE = {
         _ATLAS, "AML.T0043.000", "White-Box Optimization", "knowledge of the attacker"
     ),
     "query": Entry(_ATLAS, "AML.T0043.001", "Black-Box Optimization", "knowledge of the attacker"),
+    "scores": Entry(_ATLAS, "AML.T0043.001", "Black-Box Optimization", "knowledge of the attacker"),
     "surrogate": Entry(_ATLAS, "AML.T0043.002", "Black-Box Transfer", "knowledge of the attacker"),
 }
 _BLACK_BOX = Entry(_NIST, "NISTAML.025", "Black-box Evasion", "class of the black-box attacks")
@@ -87,7 +88,7 @@ def entries(cells: Iterable[Cell]) -> list[Entry]:
     """Entries that apply to a run, by the knowledge its attacks use."""
     knowledge = {cell.knowledge for cell in cells}
     found = [*_ALWAYS, *(_BY_KNOWLEDGE[name] for name in sorted(knowledge & _BY_KNOWLEDGE.keys()))]
-    if knowledge & {"query", "surrogate"}:
+    if knowledge & {"query", "scores", "surrogate"}:
         found.append(_BLACK_BOX)
     unique = list(dict.fromkeys(found))
     schemes = list(dict.fromkeys(entry.scheme for entry in unique))

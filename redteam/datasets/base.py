@@ -30,6 +30,8 @@ class Sample:
         references: what each annotator said, with repetitions, for scorings that count them.
         scoring: name of the scorer, see `redteam.datasets.scoring`.
         bar: an answer is right if its credit, in [0, 1], is above this; in [0, 1).
+        choices: the closed set of answers of a question that has one though it offers no options;
+            see `redteam.datasets.closed`.
     """
 
     id: str
@@ -44,6 +46,7 @@ class Sample:
     references: tuple[str, ...] = ()
     scoring: str = "exact"
     bar: float = 0.5
+    choices: tuple[str, ...] = ()
 
 
 class Samples(Protocol):

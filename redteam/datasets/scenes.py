@@ -35,6 +35,12 @@ class Scenes:
         """Draw all scenes; hundreds a second."""
         from targets.scenes import world
 
+        choices = {
+            "exists": ("yes", "no"),
+            "colour": tuple(world.COLOURS),
+            "shape": world.SHAPES,
+            "count": world.NUMBERS,
+        }
         return Drawn(
             tuple(
                 Sample(
@@ -45,6 +51,7 @@ class Scenes:
                     answer=one.answer,
                     kind=one.kind,
                     evidence=one.evidence,
+                    choices=choices.get(one.kind, ()),
                 )
                 for one in world.samples(self.split, self.samples, start=self.start)
             )

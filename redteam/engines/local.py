@@ -5,26 +5,42 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redteam.batching import Batcher, Failure
 from redteam.batching import failure as failure_of
-from redteam.datasets.base import Samples
+from redteam.datasets.base import Samples, is_correct
+from redteam.datasets.closed import closed_answers
 from redteam.datasets.filters import Filter, without
 from redteam.errors import PlanError
 from redteam.evaluation import Asker, Replies, Reply, Shot, good
-from redteam.pictures import decode_png, encode_png, to_pixels
+from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method
 from redteam.screening import screen
 from redteam.trials import Attacked, Swapped, measured, unmeasured
-from reports.records import Trial
+from reports.records import Effort, Trial
 from reports.store import RunStore
 from targets.base import Batch
 from targets.errors import TargetError
 
 if TYPE_CHECKING:
     from targets.lvlm import LVLM
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One attacked image as the attack returns it."""
+
+    pixels: Pixels
+    base: Pixels
+    loss: list[float]
+    checks: tuple[str, ...]
+    seed: int
+    seconds: float
+    effort: Effort
+    made_by: str
 
 
 @dataclass(slots=True)
@@ -40,7 +56,8 @@ class _Block:
 class LocalEngine:
     """Runs units one after another on one device.
 
-    Holds one model at a time, the clean answers of one block, and nothing else.
+    Holds one target at a time with the clean answers of one block, and the surrogates that
+    attacks have asked for.
 
     Args:
         plan: what to run.
@@ -67,6 +84,8 @@ class LocalEngine:
         self._asker: Asker | None = None
         self._loaded = ""
         self._block: _Block | None = None
+        self._surrogates: dict[str, LVLM] = {}
+        self._transferred: dict[tuple[str, int], dict[int, Attacked | Failure]] = {}
 
     def prepare(self) -> dict[str, Any]:
         """Load every target once and try each compression on it; the first stays loaded.
@@ -77,13 +96,16 @@ class LocalEngine:
         Raises:
             PlanError: if a target cannot be loaded or a compression does not fit it.
         """
-        targets = {}
+        targets, others = {}, {}
+        for surrogate in self._plan.scenario.surrogates:
+            others[surrogate.label] = dict(self._surrogate(surrogate).identity)
         for target in reversed(self._plan.scenario.targets):
             model = self._open(target).model
             self._try(target, model)
             targets[target.label] = dict(model.identity)
         return {
             "targets": targets,
+            **({"surrogates": others} if others else {}),
             "data": self._samples.identity,
             "device": self.device.partition(":")[0],
         }
@@ -143,13 +165,22 @@ class LocalEngine:
         """The asker of a target, loading it if another one is loaded."""
         if self._asker is None or self._loaded != target.label:
             self._asker = self._block = None  # let the other model go first
-            try:
-                model = target.create().load(self.device)
-            except TargetError as error:
-                raise PlanError(str(target.problem(str(error)))) from error
-            self._asker = Asker(model, self._batcher, self._plan.scenario.seed)
+            self._asker = Asker(self._load(target), self._batcher, self._plan.scenario.seed)
             self._loaded = target.label
         return self._asker
+
+    def _load(self, target: Method) -> LVLM:
+        try:
+            model: LVLM = target.create().load(self.device)
+        except TargetError as error:
+            raise PlanError(str(target.problem(str(error)))) from error
+        return model
+
+    def _surrogate(self, surrogate: Method) -> LVLM:
+        """A surrogate, loaded once and kept."""
+        if surrogate.label not in self._surrogates:
+            self._surrogates[surrogate.label] = self._load(surrogate)
+        return self._surrogates[surrogate.label]
 
     def _try(self, target: Method, model: LVLM) -> None:
         """One short answer per compression: what does not fit is found before anything is spent."""
@@ -205,41 +236,73 @@ class LocalEngine:
         self, asker: Asker, group: ImageGroup, block: _Block, store: RunStore
     ) -> dict[int, Attacked | Failure]:
         """Attacked images as they come back from disk."""
+        key = (group.id, block.number)
+        if key in self._transferred:
+            return self._transferred[key]
         shots = good(block.shots)
-        attack = asker.instance(group.attack)
-        known = None if group.known is None else asker.instance(group.known)
-
-        def run(indices: Sequence[int]) -> list[tuple[Any, ...]]:
-            chosen = [shots[index] for index in indices]
-            samples = [shot.sample for shot in chosen]
-            batch = Batch(
-                ids=tuple(sample.id for sample in samples),
-                images=asker.images(chosen),
-                questions=tuple(sample.question for sample in samples),
-                answers=tuple(sample.answer for sample in samples),
-            )
-            seeds = [seed_of(self._plan.scenario.seed, group.id, one.id) for one in samples]
-            started = time.perf_counter()
-            result = attack(asker.model.view(attack.needs, known), batch, group.epsilon, seeds)
-            seconds = (time.perf_counter() - started) / len(indices)
-            notes = tuple(f"note: {note}" for note in result.notes)
-            return [
-                (pixels, result.loss[row], (*result.checks[row], *notes), seeds[row], seconds)
-                for row, pixels in enumerate(to_pixels(result.images))
-            ]
-
         found: dict[int, Attacked | Failure] = {
             index: shot for index, shot in block.shots.items() if isinstance(shot, Failure)
         }
+
+        def run(indices: Sequence[int]) -> list[_Made]:
+            return self._propose(asker, group, [shots[index] for index in indices])
+
         for index, made in asker.each(shots, run, f"attack {group.attack.label}").items():
             if isinstance(made, Failure):
                 found[index] = made
-                continue
-            pixels, loss, checks, seed, seconds = made
-            png = store.save_png(encode_png(pixels))
-            shot = Shot(shots[index].sample, decode_png(store.read_png(png)), png)
-            found[index] = Attacked(shot, shots[index], loss, checks, seed, seconds)
+            else:
+                found[index] = _attacked(made, shots[index], store)
+        if group.surrogates and len(self._plan.scenario.targets) > 1:
+            self._transferred[key] = found  # the same images attack every target
         return found
+
+    def _propose(self, asker: Asker, group: ImageGroup, shots: Sequence[Shot]) -> list[_Made]:
+        """Run the attack of a group on pictures of one size."""
+        attack = asker.instance(group.attack)
+        samples = [shot.sample for shot in shots]
+        batch = Batch(
+            ids=tuple(sample.id for sample in samples),
+            images=asker.images(shots),
+            questions=tuple(sample.question for sample in samples),
+            answers=tuple(sample.answer for sample in samples),
+            options=tuple(map(closed_answers, samples)),
+            judges=tuple(partial(is_correct, sample=sample) for sample in samples),
+        )
+        seeds = [seed_of(self._plan.scenario.seed, group.id, one.id) for one in samples]
+        started = time.perf_counter()
+        result = attack(self._view(asker, group, attack), batch, group.epsilon, seeds)
+        seconds = (time.perf_counter() - started) / len(samples)
+        notes = tuple(f"note: {note}" for note in result.notes)
+        effort = Effort(
+            forwards=result.forwards, backwards=result.backwards, queries=result.queries
+        )
+        makers = result.made_by or ("",) * len(samples)
+        return [
+            _Made(
+                pixels,
+                base,
+                result.loss[row],
+                (*result.checks[row], *notes),
+                seeds[row],
+                seconds,
+                effort,
+                makers[row],
+            )
+            for row, (pixels, base) in enumerate(
+                zip(to_pixels(result.images), to_pixels(result.base), strict=True)
+            )
+        ]
+
+    def _view(self, asker: Asker, group: ImageGroup, attack: Any) -> Any:  # noqa: ANN401 - any view
+        """What the attack of a group may use."""
+        from targets.views import OtherModels
+
+        if group.surrogates:
+            return OtherModels(
+                [self._surrogate(one).surrogate(one.label) for one in group.surrogates]
+            )
+        known = None if group.known is None else asker.instance(group.known)
+        return asker.model.view(attack.needs, known)
 
     def _trials(
         self,
@@ -326,6 +389,27 @@ class LocalEngine:
             else:
                 found[index] = Swapped(first, second)
         return found
+
+
+def _attacked(made: _Made, clean: Shot, store: RunStore) -> Attacked:
+    """An attacked image, saved and read back; so is what its budget was measured from."""
+
+    def saved(pixels: Pixels) -> Shot:
+        png = store.save_png(encode_png(pixels))
+        return Shot(clean.sample, decode_png(store.read_png(png)), png)
+
+    base = clean if (made.base == clean.pixels).all() else saved(made.base)
+    return Attacked(
+        shot=saved(made.pixels),
+        clean=clean,
+        loss=made.loss,
+        checks=made.checks,
+        seed=made.seed,
+        seconds=made.seconds,
+        effort=made.effort,
+        made_by=made.made_by,
+        base=base,
+    )
 
 
 def _distinct(methods: Any) -> list[Method]:  # noqa: ANN401 - an iterable of methods

@@ -18,7 +18,13 @@ from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
 from reports.html import charts, svg
 from reports.html.images import Pair, load_pair
-from reports.reading import DIAGNOSIS, HOW_TO_READ, KNOWLEDGE, statements
+from reports.reading import (
+    DIAGNOSIS,
+    HOW_TO_READ,
+    KNOWLEDGE,
+    compression_known,
+    statements,
+)
 from reports.records import Cell, Manifest, Trial
 from reports.registry import METRICS
 from reports.statistics import DRAWS
@@ -186,7 +192,7 @@ def _threats(manifest: Manifest) -> list[dict[str, str]]:
             "attack": attack,
             "knowledge": KNOWLEDGE.get(cells[0].knowledge, (cells[0].knowledge, ""))[0],
             "meaning": KNOWLEDGE.get(cells[0].knowledge, ("", "unknown to this version"))[1],
-            "compression": "knows it" if cells[0].knows_compression else "does not know it",
+            "compression": compression_known(cells[0].knowledge, cells[0].knows_compression),
             "norm": {"linf": "ℓ∞", "l2": "ℓ2"}.get(cells[0].norm, cells[0].norm),
             "budgets": ", ".join(
                 text.epsilon_text(epsilon) for epsilon in sorted({cell.epsilon for cell in cells})

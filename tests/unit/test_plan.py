@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_found_before_torch(
     text = "\n".join(map(str, mismatches(load())))
     assert "plan.yaml:2:11: targets[0]: target 'scenes-a' does not expose its visual tokens" in text
     assert "attacks[1]: attack 'pgd full steps=20 restarts=2' needs gradients" in text
-    assert "attacks[3]: attack 'caa paper' works with knowledge 'surrogate'" in text
+    assert "attacks[3]: attack 'caa paper' has no surrogate to work on" in text
     assert "noise" not in text
 
 
