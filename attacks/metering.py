@@ -14,7 +14,7 @@ from targets.base import CALLS, Knowledge, Surrogate, WhiteBoxView, includes
 from targets.errors import KnowledgeError
 
 _QUERIES = frozenset({"ask", "option_scores"})
-_FREE = frozenset({"token_mask_to_pixels"})
+_FREE = frozenset({"token_mask_to_pixels", "tower_depth"})
 
 
 @dataclass(slots=True)
@@ -77,7 +77,9 @@ class MeteredView:
                 f"view.{name} needs knowledge {needed.value!r}; this attack declared "
                 f"{self.knowledge.value!r}. Declare more, and the report will say so."
             )
-        call = getattr(self._view, name)
+        call: Callable[..., Any] = getattr(self._view, name)
+        if name in _FREE:
+            return call
 
         @functools.wraps(call)
         def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -91,8 +93,6 @@ class MeteredView:
 
     def _count(self, call: str, images: Tensor) -> Tensor:
         """Count a pass and hand on an alias whose gradient counts the backward pass."""
-        if call in _FREE:
-            return images
         if call in _QUERIES:
             self._meter.queries += len(images)
             return images

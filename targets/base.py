@@ -41,6 +41,7 @@ class Knowledge(StrEnum):
 
 CALLS: Final = {
     "token_mask_to_pixels": Knowledge.NONE,
+    "tower_depth": Knowledge.ENCODER,
     "encode": Knowledge.ENCODER,
     "layers": Knowledge.ENCODER,
     "rank": Knowledge.COMPRESSED,
@@ -178,6 +179,10 @@ class ImageView(Protocol):
 @runtime_checkable
 class EncoderView(ImageView, Protocol):
     """Knowledge.ENCODER: the vision tower with gradients."""
+
+    def tower_depth(self) -> int:
+        """How many layers the vision tower has."""
+        ...
 
     def encode(self, images: Tensor) -> VisionOutput:
         """Run the vision tower on ``[B, 3, H, W]`` images in [0, 1]."""

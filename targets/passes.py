@@ -76,7 +76,8 @@ class Passes:
             )
         inputs, layout, _ = self.inputs(images)
         wanted = [number % depth for number in numbers]
-        vision = family.encode(inputs, [layout] * len(images), sorted(set(wanted)))
+        layers = sorted(set(wanted))
+        vision = family.encode(inputs, [layout] * len(images), layers, features=False)
         norm = family.final_norm() if normalised else None
         return tuple(
             TowerLayer(vision.hidden(number, norm), vision.attention(number).mean(1))

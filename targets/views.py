@@ -134,6 +134,9 @@ class _Calls:
     def token_mask_to_pixels(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         return self._passes.layout(size).pixels(tokens.float(), size)
 
+    def tower_depth(self) -> int:
+        return self._passes.family.tower_depth
+
     def encode(self, images: Tensor) -> VisionOutput:
         return self._passes.encode(images)
 

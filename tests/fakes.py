@@ -89,6 +89,9 @@ class FakeView:
         grid = tokens.view(len(tokens), 1, rows, -1).float()
         return grid.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
 
+    def tower_depth(self) -> int:
+        return DEPTH
+
     def encode(self, images: Tensor) -> VisionOutput:
         self._enter("encode", Knowledge.ENCODER)
         features = self._features(images)

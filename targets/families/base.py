@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -159,22 +160,32 @@ class Family(ABC):
         """
 
     def encode(
-        self, inputs: dict[str, Tensor], layouts: Sequence[Layout], layers: Sequence[int] = ()
+        self,
+        inputs: dict[str, Tensor],
+        layouts: Sequence[Layout],
+        layers: Sequence[int] = (),
+        *,
+        features: bool = True,
     ) -> VisionPass:
-        """Run the tower up to the feature layer, or as far as `layers` go.
+        """Run the tower as far as the feature layer and `layers` go.
 
         Args:
             inputs: what `Preprocessing.inputs` made.
             layouts: of the images.
             layers: further ones to capture, 0-based.
+            features: capture the feature layer; without it the pass has `layers` alone and may end
+                in front of it.
         """
         tap = self.tap(layers, stop=True)
-        with tap, contextlib.suppress(FeaturesReached):
+        with tap if features else tap.only(layers), contextlib.suppress(FeaturesReached):
             self.run_tower(inputs)
         captured = tap.latest
         if captured is None:
-            raise TargetError("the vision tower ran without passing its feature layer")
-        return self.arrange(captured, layouts, inputs)
+            raise TargetError("the vision tower ran without passing the layers that were asked for")
+        # All layers have one shape, and that is what the arrangement of the tokens follows from.
+        shown = {self.feature_layer: captured[max(captured)]} | captured
+        vision = self.arrange(shown, layouts, inputs)
+        return vision if features else replace(vision, layers=captured, features=None)
 
     def final_norm(self) -> Callable[[Tensor], Tensor] | None:
         """The normalisation behind the tower's last layer, patch by patch; None without one."""

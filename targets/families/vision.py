@@ -194,6 +194,11 @@ class VisionTap:
         self._seen: dict[tuple[int, str], Tensor] = {}
         self._handles: list[Any] = []
 
+    def only(self, layers: Sequence[int]) -> VisionTap:
+        """Capture these of the layers and no others; before the tap is opened."""
+        self._layers = {number: self._layers[number] for number in layers}
+        return self
+
     @property
     def latest(self) -> dict[int, LayerPass] | None:
         """What was captured last; None before any run."""
