@@ -2,7 +2,7 @@
 
 A gate decides from an interval, never from a point: FAIL when the whole interval is beyond the
 limit, PASS when the whole interval is within it, else INCONCLUSIVE. What could not be measured
-never passes.
+never passes, nor does a cell whose attack carries a self-check (`reports.checks`).
 """
 
 from __future__ import annotations
@@ -132,8 +132,21 @@ def covers(gate: GateSpec, cell: Cell) -> bool:
     return True
 
 
+Doubts = Callable[[GateSpec, Cell], str | None]
+"""Why a cell is no evidence for a gate that passes on it, if so; see `reports.checks`."""
+
+
+def _no_doubt(gate: GateSpec, cell: Cell) -> str | None:
+    del gate, cell
+    return None
+
+
 def decide_cell(
-    gate: GateSpec, cell: Cell, estimate: Estimate | None, progress: Progress
+    gate: GateSpec,
+    cell: Cell,
+    estimate: Estimate | None,
+    progress: Progress,
+    doubts: Doubts = _no_doubt,
 ) -> CellDecision:
     """Decide one gate on one cell from the interval of the metric."""
     estimate = estimate and estimate.rounded()
@@ -141,6 +154,9 @@ def decide_cell(
     objection = progress.objection()
     if objection and verdict is not Verdict.FAIL:  # an error may hide a pass, never excuse a fail
         verdict, reason = Verdict.INCONCLUSIVE, objection
+    doubt = doubts(gate, cell) if verdict is Verdict.PASS else None
+    if doubt:  # an attack that failed for the wrong reason shows no robustness
+        verdict, reason = Verdict.INCONCLUSIVE, f"{reason}, but {doubt}"
     found = estimate or EMPTY
     return CellDecision(
         cell=cell.id,
@@ -203,6 +219,7 @@ def decide(
     cells: Sequence[Cell],
     measure: Callable[[Cell, str, float], Estimate | None],
     progress: Callable[[Cell], Progress],
+    doubts: Doubts = _no_doubt,
 ) -> GateDecision:
     """Decide one gate: its worst cell decides.
 
@@ -211,9 +228,10 @@ def decide(
         cells: all cells of the run, in order.
         measure: estimate of (cell, metric, confidence), None for an unknown metric.
         progress: how much of a cell was measured.
+        doubts: why a pass on a cell would be no evidence; it turns a PASS into INCONCLUSIVE.
     """
     decided = [
-        decide_cell(gate, cell, measure(cell, gate.metric, gate.confidence), progress(cell))
+        decide_cell(gate, cell, measure(cell, gate.metric, gate.confidence), progress(cell), doubts)
         for cell in cells
         if covers(gate, cell)
     ]

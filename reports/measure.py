@@ -56,6 +56,9 @@ class Row(NamedTuple):
     linf: float | None
     means: tuple[float | None, ...]
     """Values of the `mean` metrics, in the order of `_MEANS`."""
+    sample: str = ""
+    codes: tuple[str, ...] = ()
+    """Of the self-checks that fired."""
 
     @property
     def failure(self) -> bool:
@@ -86,6 +89,8 @@ def row_of(trial: Trial) -> Row:
         means=tuple(
             getattr(distance if name in ("l2", "psnr") else tokens, name, None) for name in _MEANS
         ),
+        sample=trial.sample,
+        codes=tuple(check.partition(":")[0] for check in trial.checks),
     )
 
 
