@@ -13,6 +13,7 @@ from attacks.base import Attack, Proposal
 from attacks.budget import Budget
 from attacks.descent import Descent, descend
 from attacks.objectives import (
+    absolute_score,
     answer_divergence,
     bpr,
     query_misalignment,
@@ -51,7 +52,8 @@ class CAA(Attack):
         region: pixels that may move: ``low`` those of P; ``full_image`` all, the same loss
             (CAA-Full); ``most_important`` those of the m most important tokens, whose content is
             erased while they are held above the rest (Most-Only).
-        ranking: ``bpr``, or ``score_gap``, the difference of mean log-scores; it never saturates.
+        ranking: L_inter: ``bpr``; ``score_gap``, the difference of mean log-scores, which never
+            saturates; or ``absolute``, minus the mean log-score of P whatever R has (w/o BPR).
         intra: where L_intra acts: in P (``promoted``), in P and R (``both``), or ``none``.
         group: rule for m from the number K of kept tokens, never above V − K: ``kept`` is K, just
             enough to fill the selection; ``twice_kept`` is 2K, for an attacker unsure of K;
@@ -86,7 +88,7 @@ class CAA(Attack):
 
     preset: Literal["paper", "strict_preserve"] = "paper"
     region: Literal["low", "full_image", "most_important"] = "low"
-    ranking: Literal["bpr", "score_gap"] = "bpr"
+    ranking: Literal["bpr", "score_gap", "absolute"] = "bpr"
     intra: Literal["promoted", "both", "none"] = "promoted"
     group: Literal["kept", "twice_kept", "dropped"] | None = None
     promote: Annotated[int, Ge(1)] | None = None
@@ -192,6 +194,8 @@ class _Objective:
         attack, score, up = self.attack, ranking.log_score, self.clean.promoted
         if attack.ranking == "score_gap":
             loss = score_gap(score, up, ~up)
+        elif attack.ranking == "absolute":
+            loss = absolute_score(score, up)
         else:
             loss = bpr(score, up, ~up, attack.tau)
         if attack.intra_weight == 0 or attack.region == "most_important":

@@ -58,6 +58,16 @@ def score_gap(score: Tensor, winners: Tensor, losers: Tensor) -> Tensor:
     return _mean(score, losers) - _mean(score, winners)
 
 
+def absolute_score(score: Tensor, winners: Tensor) -> Tensor:
+    """Negative mean score of the winners, whatever the others have.
+
+    Args:
+        score: ``[B, V]``, live.
+        winners: bool ``[B, V]``.
+    """
+    return -_mean(score, winners)
+
+
 def query_misalignment(keys: Tensor, query: Tensor, group: Tensor) -> Tensor:
     """Negative mean cosine between the keys of a group and the clean query, per head.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attacks.objectives import (
+    absolute_score,
     answer_divergence,
     bpr,
     query_misalignment,
@@ -83,6 +84,18 @@ def test_score_gap_is_a_difference_of_means(scores: Tensor, promoted: Tensor) ->
         down = [float(scores[row, i]) for i in members(~promoted, row)]
         wanted.append(sum(down) / len(down) - sum(up) / len(up))
     torch.testing.assert_close(score_gap(scores, promoted, ~promoted), torch.tensor(wanted))
+
+
+def test_absolute_score_asks_nothing_of_the_others(scores: Tensor, promoted: Tensor) -> None:
+    live = scores.clone().requires_grad_()
+    loss = absolute_score(live, promoted)
+    wanted = []
+    for row in range(B):
+        up = [float(scores[row, i]) for i in members(promoted, row)]
+        wanted.append(-sum(up) / len(up))
+    torch.testing.assert_close(loss.detach(), torch.tensor(wanted))
+    (gradient,) = torch.autograd.grad(loss.sum(), live)
+    assert not gradient[~promoted].any()
 
 
 def test_query_misalignment_averages_heads_then_tokens(promoted: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from attacks import CAA, Noise
 from attacks.caa import promoted_tokens
 from attacks.objectives import (
+    absolute_score,
     answer_divergence,
     bpr,
     query_misalignment,
@@ -98,7 +99,7 @@ def gap(view: FakeView, batch: Batch, images: Tensor) -> float:
 
 
 @pytest.mark.parametrize("attention", [True, False], ids=["attention", "norm"])
-@pytest.mark.parametrize("objective", ["bpr", "score_gap"])
+@pytest.mark.parametrize("objective", ["bpr", "score_gap", "absolute"])
 def test_infiltrates_where_noise_in_the_same_mask_does_not(
     batch: Batch, attention: bool, objective: str
 ) -> None:
@@ -129,7 +130,7 @@ def test_most_important_erases_content_and_keeps_the_rank(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("region", ["low", "full_image", "most_important"])
-@pytest.mark.parametrize("objective", ["bpr", "score_gap"])
+@pytest.mark.parametrize("objective", ["bpr", "score_gap", "absolute"])
 def test_the_recorded_loss_is_the_formula_at_the_saved_image(
     batch: Batch, region: str, objective: str
 ) -> None:
@@ -151,7 +152,11 @@ def test_the_recorded_loss_is_the_formula_at_the_saved_image(
     now = view.rank(result.images, batch.questions)
     up = promoted_tokens(attack, clean)
     score, order = now.log_score, clean.log_score
-    wanted = bpr(score, up, ~up, 0.7) if objective == "bpr" else score_gap(score, up, ~up)
+    wanted = {
+        "bpr": bpr(score, up, ~up, 0.7),
+        "score_gap": score_gap(score, up, ~up),
+        "absolute": absolute_score(score, up),
+    }[objective]
     if region != "most_important":
         wanted = wanted + 2 * reversed_order(score, order, up, 0.7)
         wanted = wanted + 2 * reversed_order(score, order, ~up, 0.7)
@@ -176,6 +181,7 @@ def test_the_recorded_loss_is_the_formula_at_the_saved_image(
         {"query_weight": 0.0},
         {"erase_weight": 0.0},
         {"ranking": "score_gap"},
+        {"ranking": "absolute"},
         {"intra": "both"},
         {"intra": "none"},
         {"tau": 0.2},

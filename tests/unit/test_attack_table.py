@@ -39,6 +39,7 @@ ROWS = [
     Row(attacks.CAA(steps=5, region="full_image", ranking="score_gap", intra="both")),
     Row(attacks.CAA(steps=5, region="most_important", random_start=False), stochastic=False),
     Row(attacks.CAA(steps=5, group="twice_kept", intra="none")),
+    Row(attacks.CAA(steps=5, ranking="absolute", intra="none")),
     Row(attacks.CAA(steps=0), uses_gradient=False),
 ]
 
