@@ -157,6 +157,8 @@ def show_measurement(folder: Path, found: Measurement, *, as_json: bool) -> None
 def _next(folder: Path, built: Built, interrupted: bool) -> str:
     if interrupted or built.exit_code is ExitCode.INCOMPLETE:
         return f"run the same command with --out {folder} to continue"
+    if built.verdict is Verdict.INCONCLUSIVE and built.doubted:
+        return "follow the remedies of the self-checks, then run again into another folder"
     if built.verdict is Verdict.INCONCLUSIVE:
         return "raise dataset.samples: more samples narrow the intervals"
     if built.verdict is Verdict.NOT_GATED:

@@ -32,6 +32,7 @@ class Built:
         why: the verdict in one or two sentences.
         table: one row per cell, as plain strings for a terminal.
         notes: what a reader should know before trusting the table, one sentence each.
+        doubted: whether a self-check took the pass of a gate away.
     """
 
     summary: Path
@@ -43,6 +44,7 @@ class Built:
     why: str
     table: Table
     notes: tuple[str, ...]
+    doubted: bool = False
 
 
 def build_reports(folder: Path) -> Built:
@@ -75,4 +77,5 @@ def build_reports(folder: Path) -> Built:
         why=summary["why"],
         table=table(summary),
         notes=notes(summary),
+        doubted=any(cell["doubt"] for gate in summary["gates"] for cell in gate["cells"]),
     )

@@ -77,7 +77,7 @@ class Doubt:
     @property
     def sentence(self) -> str:
         """What was seen and what to do."""
-        return f"{self.message} ({self.code}): {REMEDY[self.code]}"
+        return f"self-check {self.code!r}: {self.message}; {REMEDY[self.code]}"
 
 
 @dataclass(frozen=True, slots=True)

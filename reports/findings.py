@@ -26,7 +26,8 @@ class Findings:
         total: all compression-specific failures.
         errors: trials that could not be measured, at most `ERRORS`.
         errors_total: all of them.
-        checks: how often each self-check message fired, by message.
+        checks: how often each self-check fired on a sample, by its code, with one message; what
+            an attack noted, by the whole of it.
     """
 
     shown: tuple[Trial, ...]
@@ -34,7 +35,7 @@ class Findings:
     total: int
     errors: tuple[Trial, ...]
     errors_total: int
-    checks: dict[str, int]
+    checks: dict[str, tuple[int, str]]
 
 
 def collect(store: RunStore) -> Findings:
@@ -45,11 +46,12 @@ def collect(store: RunStore) -> Findings:
     samples = {sample: index for index, sample in enumerate(store.manifest.samples)}
     by_cell: dict[str, list[Trial]] = defaultdict(list)
     errors: list[Trial] = []
-    checks: dict[str, int] = defaultdict(int)
+    checks: dict[str, list[str]] = defaultdict(list)
     total = 0
     for trial in store.trials():
         for check in trial.checks:
-            checks[check] += 1
+            code = check.partition(":")[0]
+            checks[check if code == "note" else code].append(check)
         if trial.error is not None:
             errors.append(trial)
         elif trial.compression_specific_failure:
@@ -70,7 +72,10 @@ def collect(store: RunStore) -> Findings:
         total=total,
         errors=tuple(errors[:ERRORS]),
         errors_total=len(errors),
-        checks=dict(sorted(checks.items(), key=lambda item: (-item[1], item[0]))),
+        checks={
+            code: (len(found), min(found))
+            for code, found in sorted(checks.items(), key=lambda item: (-len(item[1]), item[0]))
+        },
     )
 
 

@@ -51,6 +51,8 @@ class CellDecision(_Record):
     low: float | None
     high: float | None
     n: int
+    doubt: str = ""
+    """The self-check that took a pass away, in words; "" if none did."""
 
 
 class GateDecision(_Record):
@@ -154,7 +156,7 @@ def decide_cell(
     objection = progress.objection()
     if objection and verdict is not Verdict.FAIL:  # an error may hide a pass, never excuse a fail
         verdict, reason = Verdict.INCONCLUSIVE, objection
-    doubt = doubts(gate, cell) if verdict is Verdict.PASS else None
+    doubt = (doubts(gate, cell) or "") if verdict is Verdict.PASS else ""
     if doubt:  # an attack that failed for the wrong reason shows no robustness
         verdict, reason = Verdict.INCONCLUSIVE, f"{reason}, but {doubt}"
     found = estimate or EMPTY
@@ -167,6 +169,7 @@ def decide_cell(
         low=found.low,
         high=found.high,
         n=found.n,
+        doubt=doubt,
     )
 
 

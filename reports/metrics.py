@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from reports.checks import Doubt, grouped, run_checks, vetoes
 from reports.errors import ReportError
 from reports.gate import Progress, conclude, decide
 from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
-from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Effort, Manifest, Trial
+from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Effort, GateSpec, Manifest, Trial
 from reports.registry import METRICS, Metric
 from reports.statistics import Estimate, mcnemar_exact
 
@@ -47,12 +48,19 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
         return measured[cell.id, confidence]
 
     progress = {cell.id: _progress(rows[cell.id], len(manifest.samples)) for cell in manifest.cells}
+    doubts = _doubts(manifest.cells, rows)
+
+    def doubt(gate: GateSpec, cell: Cell) -> str | None:
+        found = vetoes(gate, doubts[cell.id])
+        return None if found is None else found.sentence
+
     gates = [
         decide(
             gate,
             manifest.cells,
             lambda cell, name, confidence: of(cell, confidence).get(name),
             lambda cell: progress[cell.id],
+            doubt,
         )
         for gate in manifest.gates
     ]
@@ -72,15 +80,28 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
         **_filter(manifest),
         "confidence": CONFIDENCE,
         "gates": [gate.model_dump(mode="json") for gate in gates],
+        "checks": [
+            check.model_dump(mode="json")
+            for check in grouped([one for found in doubts.values() for one in found])
+        ],
         "cells": [
             {
                 **_cell(manifest, cell, rows[cell.id], of(cell, CONFIDENCE), progress[cell.id]),
                 **effort.get(cell.id, {}),
+                "checks": [{"code": one.code, "message": one.message} for one in doubts[cell.id]],
             }
             for cell in manifest.cells
         ],
         "timings": timings,
     }
+
+
+def _doubts(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Doubt]]:
+    """Self-checks of the run by cell, every cell included."""
+    found: dict[str, list[Doubt]] = {cell.id: [] for cell in cells}
+    for one in run_checks(cells, rows):
+        found[one.cell.id].append(one)
+    return found
 
 
 def _filter(manifest: Manifest) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
             f"filter {rule['rule']} kept {rule['kept']} of {rule['asked']} samples"
             + (f" (left out: {why}); manifest.json lists them." if why else ".")
         )
+    found += [_check(one) for one in summary["checks"]]
     small = [cell["n"] for cell in cells if 0 < cell["n"] < 30]
     if small:
         found.append(
@@ -108,6 +109,10 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
             "that loss is compression, not attack."
         )
     return tuple(found)
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    return f"self-check {check['code']!r}: {check['message']}. Remedy: {check['remedy']}."
 
 
 def _drop(cell: Mapping[str, Any]) -> float:
