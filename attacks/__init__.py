@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from attacks.caa import CAA
     from attacks.descent import Descent, descend
     from attacks.errors import AttackError
+    from attacks.fgsm import FGSM
     from attacks.noise import Noise
     from attacks.pgd import PGD
     from attacks.seeds import SeedBank
 
 __all__ = [
     "CAA",
+    "FGSM",
     "PGD",
     "Attack",
     "AttackError",
@@ -40,6 +42,7 @@ _HOME = {
     "Budget": "budget",
     "CAA": "caa",
     "Descent": "descent",
+    "FGSM": "fgsm",
     "Noise": "noise",
     "PGD": "pgd",
     "Proposal": "base",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
-from torch import Tensor
 
+from attacks.answers import Aim, AnswerLoss, choose_targets
 from attacks.base import Attack, Proposal
 from attacks.budget import Budget
 from attacks.descent import Descent, descend
@@ -17,16 +17,27 @@ from targets.base import Batch, Knowledge, WhiteBoxView
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(Attack):
-    """Raise the negative log-likelihood of the correct answer by projected gradient steps.
+    """Make the right answer less likely, or a wanted one likelier, by projected gradient steps.
 
     Paper: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks"
-    (arXiv 1706.06083), with the answer's token-mean cross-entropy as the loss. The loss trace is
-    the log-likelihood, which falls.
+    (arXiv 1706.06083), with the mean cross-entropy of the answer's tokens as the loss. Minimised,
+    with y the right answer and t the target::
+
+        L = log p(y), or −log p(t)            both: L(compressed) + full_weight · L(full)
+        + preserve_weight · KL(p(·|clean, all tokens) ‖ p(·|attacked, all tokens))
 
     Args:
         path: ``full`` attacks the model with all visual tokens and does not know the compressor,
             so one image serves all of them; ``compressed`` attacks through the compressor, with
-            the hard selection forward and a sigmoid relaxation of the top-k backward.
+            the hard selection forward and a sigmoid relaxation of the top-k backward; ``both``
+            attacks the two at once, at twice the cost.
+        full_weight: weight of the full path in ``both``, ≥ 0; the compressed path has 1.
+        target: None, any wrong answer; ``option``, each sample's likeliest wrong option on the
+            clean image; or the wanted answer itself. Samples without options, or to which the
+            wanted answer is right, are attacked without a target, which is noted.
+        preserve_weight: of the full path's answer distribution, teacher-forced on the right
+            answer, ≥ 0, per nat; with path ``compressed`` only. Seeks a failure under compression
+            that the uncompressed model does not share, at twice the cost.
         steps: gradient steps T, ≥ 0; 0 is the random start alone.
         alpha: step size in [0, 1] pixel units; None is epsilon / 6.
         restarts: random starts, best loss kept per sample, ≥ 1.
@@ -36,16 +47,21 @@ class PGD(Attack):
         norm: norm of the ball; alpha has its unit.
 
     Raises:
-        AttackError: see `attacks.descent.descend`.
+        AttackError: `preserve_weight` with another path than ``compressed``; a right answer that
+            is not among its options; see also `attacks.descent.descend`.
 
     *Differs from the paper in …*: the loss is that of a sequence, every iterate is judged as the
-    8-bit image that will be saved, and the best iterate is kept instead of the last.
+    8-bit image that will be saved, and the best iterate is kept instead of the last. The
+    compressed path, ``both`` and preservation are ours.
     """
 
     name: ClassVar[str] = "pgd"
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
-    path: Literal["full", "compressed"] = "full"
+    path: Literal["full", "compressed", "both"] = "full"
+    full_weight: Annotated[float, Ge(0)] = 1.0
+    target: str | None = None
+    preserve_weight: Annotated[float, Ge(0)] = 0.0
     steps: Annotated[int, Ge(0)] = 40
     alpha: Annotated[float, Gt(0)] | None = None
     restarts: Annotated[int, Ge(1)] = 1
@@ -54,29 +70,32 @@ class PGD(Attack):
     random_start: bool = True
     norm: Literal["linf", "l2"] = "linf"
 
+    def __post_init__(self) -> None:
+        """Check the options, then that they agree."""
+        super().__post_init__()
+        self._aim.check(self.name)
+
+    @property
+    def _aim(self) -> Aim:
+        return Aim(
+            path=self.path, full_weight=self.full_weight, preserve_weight=self.preserve_weight
+        )
+
     @property
     def knows_compression(self) -> bool:
-        """Only on the compressed path."""
-        return self.path == "compressed"
+        """Unless it attacks the full path alone."""
+        return self.path != "full"
 
     def budget(self, epsilon: float) -> Budget:
         """Radius, norm, step size, steps and restarts."""
         return Budget(epsilon, self.norm, self.alpha, self.steps, self.restarts)
 
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
-        """Descend on the log-likelihood of the correct answer."""
-
-        def log_likelihood(images: Tensor, step: int) -> Tensor:
-            del step
-            return -view.answer_nll(
-                images,
-                batch.questions,
-                batch.answers,
-                path=self.path,
-                straight_through=self.path == "compressed",
-            )
-
+        """Descend on the likelihood of the answer."""
+        targets, notes = choose_targets(view, batch, self.target, self.path)
+        objective = AnswerLoss(view, batch, self._aim, targets)
         how = Descent(
             momentum=self.momentum, schedule=self.schedule, random_start=self.random_start
         )
-        return descend(log_likelihood, batch, budget, rng, how=how)
+        found = descend(objective, batch, budget, rng, how=how)
+        return replace(found, notes=(*notes, *objective.notes))
