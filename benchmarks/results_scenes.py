@@ -92,7 +92,7 @@ def _notes(summary: dict[str, Any]) -> str:
             other = cells.get((compression, control, epsilon))
             if other is None:
                 continue
-            clear = all(_low(cell, m) > _high(other, m) for m in ("csg", "csfr"))
+            clear = all(low(cell, m) > high(other, m) for m in ("csg", "csfr"))
             apart.append(f"{control}: {'clear' if clear else 'not clear'}")
         lines.append(f"- {compression}, ε = {epsilon * 255:g}/255. {'; '.join(apart)}.")
     lines.append("")
@@ -100,38 +100,38 @@ def _notes(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _low(cell: dict[str, Any], metric: str) -> float:
-    value = cell["metrics"][metric]["low"]
-    return float("-inf") if value is None else float(value)
+def low(cell: dict[str, Any], metric: str) -> float:
+    found = cell["metrics"][metric]["low"]
+    return float("-inf") if found is None else float(found)
 
 
-def _high(cell: dict[str, Any], metric: str) -> float:
-    value = cell["metrics"][metric]["high"]
+def high(cell: dict[str, Any], metric: str) -> float:
+    found = cell["metrics"][metric]["high"]
     # A rate over nothing (the control broke every sample on the full path) stands in nobody's way.
-    return float("-inf") if value is None else float(value)
+    return float("-inf") if found is None else float(found)
 
 
-def _value(cell: dict[str, Any], metric: str) -> str:
-    value = cell["metrics"][metric]["value"]
-    return "–" if value is None else f"{value:.2f}"
+def value(cell: dict[str, Any], metric: str) -> str:
+    found = cell["metrics"][metric]["value"]
+    return "–" if found is None else f"{found:.2f}"
 
 
-def _interval(cell: dict[str, Any], metric: str) -> str:
+def interval(cell: dict[str, Any], metric: str) -> str:
     one = cell["metrics"][metric]
     if one["value"] is None:
         return "–"
     return f"**{one['value']:.2f}** [{one['low']:.2f}, {one['high']:.2f}]"
 
 
-def _arrow(cell: dict[str, Any], path: str) -> str:
-    return f"{_value(cell, f'acc_{path}_clean')} → {_value(cell, f'acc_{path}_attacked')}"
+def arrow(cell: dict[str, Any], path: str) -> str:
+    return f"{value(cell, f'acc_{path}_clean')} → {value(cell, f'acc_{path}_attacked')}"
 
 
 def _evidence(cell: dict[str, Any]) -> str:
-    return f"{_value(cell, 'evidence_kept_clean')} → {_value(cell, 'evidence_kept_attacked')}"
+    return f"{value(cell, 'evidence_kept_clean')} → {value(cell, 'evidence_kept_attacked')}"
 
 
-def _diagnosis(cell: dict[str, Any]) -> str:
+def diagnosis(cell: dict[str, Any]) -> str:
     found = sorted(cell["diagnosis"].items(), key=lambda item: -item[1])
     return ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in found if n) or "no failures"
 
@@ -140,17 +140,17 @@ COLUMNS = (
     ("attack", lambda c: c["attack"]),
     ("ε·255", lambda c: f"{c['epsilon'] * 255:g}"),
     ("n", lambda c: f"{c['n']}"),
-    ("full, clean → attacked", lambda c: _arrow(c, "full")),
-    ("compressed, clean → attacked", lambda c: _arrow(c, "compressed")),
-    ("UPR", lambda c: _value(c, "upr")),
-    ("CAE", lambda c: _value(c, "cae")),
-    ("**CSG**", lambda c: _interval(c, "csg")),
-    ("**CSFR**", lambda c: _interval(c, "csfr")),
-    ("full ASR", lambda c: _value(c, "full_asr")),
-    ("Jaccard", lambda c: _value(c, "jaccard")),
+    ("full, clean → attacked", lambda c: arrow(c, "full")),
+    ("compressed, clean → attacked", lambda c: arrow(c, "compressed")),
+    ("UPR", lambda c: value(c, "upr")),
+    ("CAE", lambda c: value(c, "cae")),
+    ("**CSG**", lambda c: interval(c, "csg")),
+    ("**CSFR**", lambda c: interval(c, "csfr")),
+    ("full ASR", lambda c: value(c, "full_asr")),
+    ("Jaccard", lambda c: value(c, "jaccard")),
     ("evidence kept", _evidence),
-    ("recovered / reproduced", lambda c: f"{_value(c, 'recovered')} / {_value(c, 'reproduced')}"),
-    ("diagnosis", _diagnosis),
+    ("recovered / reproduced", lambda c: f"{value(c, 'recovered')} / {value(c, 'reproduced')}"),
+    ("diagnosis", diagnosis),
 )
 
 

@@ -1,0 +1,228 @@
+"""Make docs/results/attacks.md: ``python benchmarks/results_attacks.py [--jobs 2]``.
+
+Runs (or resumes) `scenarios/attacks.yaml` attack by attack, each in a run folder of its own, and
+writes one page from their ``summary.json`` and ``manifest.json``; nothing in it is typed by hand.
+Ids and seeds of a cell depend on nothing else in a scenario, so the parts equal one long run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from results_scenes import arrow, diagnosis, interval, low, value
+
+SCENARIO = Path("scenarios/attacks.yaml")
+OURS = "evidence_margin"
+NOT_PUBLISHED = frozenset({OURS, "suite", "minimal"})
+CONTROLS = frozenset({"noise"})
+COMPARED_AT = 4 / 255
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scenario", type=Path, default=SCENARIO)
+    parser.add_argument("--runs", type=Path, default=Path("runs/attacks"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/attacks.md"))
+    parser.add_argument("--jobs", type=int, default=1, help="attacks run side by side")
+    parser.add_argument("--only", nargs="*", help="labels of attacks to run; default all")
+    parser.add_argument("--only-page", action="store_true", help="do not run; use the folders")
+    arguments = parser.parse_args()
+    parts = split(arguments.scenario, arguments.runs, arguments.only)
+    if not arguments.only_page:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(run, parts.values()))
+    summaries = [
+        _read(folder, "summary") for folder in _folders(arguments.scenario, arguments.runs)
+    ]
+    manifests = [
+        _read(folder, "manifest") for folder in _folders(arguments.scenario, arguments.runs)
+    ]
+    arguments.page.parent.mkdir(parents=True, exist_ok=True)
+    arguments.page.write_text(page(summaries, manifests), encoding="utf-8")
+    print(f"written: {arguments.page}")
+
+
+def split(scenario: Path, runs: Path, only: Sequence[str] | None) -> dict[str, Path]:
+    """One scenario for each attack, by label; each lies in the folder its run goes to."""
+    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+    found = {}
+    for attack in whole["attacks"]:
+        label = label_of(attack)
+        if only and label not in only:
+            continue
+        runs.mkdir(parents=True, exist_ok=True)
+        part = runs / f"{label}.yaml"
+        text = yaml.safe_dump({**whole, "attacks": [attack]}, sort_keys=False)
+        part.write_text(text, encoding="utf-8")
+        found[label] = part
+    return found
+
+
+def label_of(attack: dict[str, Any]) -> str:
+    """What the attack is called in the table."""
+    return str(attack.get("name", attack["type"]))
+
+
+def run(part: Path) -> None:
+    """Run or resume one part."""
+    folder = part.with_suffix("")
+    command = [sys.executable, "-m", "redteam", "run", str(part), "--out", str(folder)]
+    with part.with_suffix(".log").open("a", encoding="utf-8") as log:
+        result = subprocess.run(command, stdout=log, stderr=log, check=False)  # noqa: S603
+    if result.returncode not in (0, 1, 4):
+        print(f"{part.stem}: exit {result.returncode}, see {part.with_suffix('.log')}")
+
+
+def _folders(scenario: Path, runs: Path) -> Iterable[Path]:
+    """Finished parts in the order of the scenario."""
+    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+    for attack in whole["attacks"]:
+        folder = runs / label_of(attack)
+        if (folder / "summary.json").exists():
+            yield folder
+        else:
+            print(f"missing: {folder}")
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def page(summaries: list[dict[str, Any]], manifests: list[dict[str, Any]]) -> str:
+    """The whole page."""
+    cells = [cell for summary in summaries for cell in summary["cells"]]
+    compressions = list(dict.fromkeys(cell["compression"] for cell in cells))
+    parts = [_head(summaries, manifests), _worst(cells, compressions)]
+    parts += [_section(name, cells) for name in compressions]
+    parts.append(_settings(manifests))
+    return "\n".join(parts)
+
+
+def _head(summaries: list[dict[str, Any]], manifests: list[dict[str, Any]]) -> str:
+    first = manifests[0]
+    identity = json.dumps(
+        first["provenance"].get("identity", {}).get("targets", {}), sort_keys=True
+    )
+    whole = {len(manifest["samples"]) for manifest in manifests}
+    errors = sum(summary["progress"]["errors"] for summary in summaries)
+    missing = sum(summary["progress"]["missing"] for summary in summaries)
+    return f"""# Every attack on the scenes LVLM
+
+Made by `python benchmarks/results_attacks.py`, which runs `{SCENARIO}`; do not edit.
+
+{" or ".join(map(str, sorted(whole)))} samples of the held-out test split, one question a picture;
+seed {first["seed"]}; device {first["provenance"].get("identity", {}).get("device", "unknown")};
+{first["created"]}. {errors} trials ended in an error, {missing} did not run. 95 % intervals:
+Wilson for rates, paired bootstrap by picture for CSG. Attack options were chosen on the validation
+split. What the columns mean: [metrics.md](../metrics.md). *steps* are gradients taken for one
+image, measured; *queries* are questions to the deployed target. The target is a tiny model of a
+drawn world; nothing here says how a large model behaves.
+
+<details><summary>Weights</summary>
+
+`{identity}`
+
+</details>
+"""
+
+
+def _worst(cells: list[Cell], compressions: list[str]) -> str:
+    """The strongest attack at each compressor and budget, and ours against the published ones."""
+    lines = ["## The strongest attack, cell by cell", ""]
+    lines += ["| compression | ε·255 | published attack | CSFR | UPR | ours | CSFR | UPR |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for compression in compressions:
+        for epsilon in sorted({cell["epsilon"] for cell in cells}):
+            here = [
+                cell
+                for cell in cells
+                if (cell["compression"], cell["epsilon"]) == (compression, epsilon)
+                and cell["metrics"]["csfr"]["value"] is not None
+            ]
+            published = [cell for cell in here if kind(cell) not in NOT_PUBLISHED | CONTROLS]
+            if not published:
+                continue
+            best = max(published, key=lambda cell: cell["metrics"]["csfr"]["value"])
+            own = [cell for cell in here if kind(cell) == OURS]
+            row = [compression, f"{epsilon * 255:g}", *_brief(best)]
+            row += (
+                _brief(max(own, key=lambda c: c["metrics"]["csfr"]["value"])) if own else ["–"] * 3
+            )
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _brief(cell: Cell) -> list[str]:
+    return [cell["attack"], interval(cell, "csfr"), value(cell, "upr")]
+
+
+def kind(cell: Cell) -> str:
+    """Type of a cell's attack; the manifest's spec is not in the summary, so from the label."""
+    return str(cell["attack"]).partition(" ")[0]
+
+
+def _section(compression: str, cells: list[Cell]) -> str:
+    rows = [cell for cell in cells if cell["compression"] == compression]
+    noise = {
+        cell["epsilon"]: cell["metrics"]["csfr"]["high"] for cell in rows if kind(cell) in CONTROLS
+    }
+    lines = [
+        f"## {compression}",
+        "",
+        "| " + " | ".join(title for title, _ in COLUMNS) + " | above noise |",
+        "|" + "---|" * (len(COLUMNS) + 1),
+    ]
+    for cell in rows:
+        bar = noise.get(cell["epsilon"])
+        above = "" if bar is None or kind(cell) in CONTROLS else str(low(cell, "csfr") > bar)
+        above = {"True": "yes", "False": "no"}.get(above, above)
+        lines.append("| " + " | ".join([*(show(cell) for _, show in COLUMNS), above]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _settings(manifests: list[dict[str, Any]]) -> str:
+    lines = ["## Settings", ""]
+    for manifest in manifests:
+        for attack in manifest["scenario"]["attacks"]:
+            options = {key: one for key, one in attack.items() if key not in ("name", "epsilons")}
+            lines.append(f"- {attack['name']}: `{json.dumps(options)}`")
+    return "\n".join(lines) + "\n"
+
+
+def _effort(cell: Cell, name: str) -> str:
+    found = cell.get("effort", {}).get(name)
+    return "–" if found is None else f"{found:.4g}"
+
+
+COLUMNS = (
+    ("attack", lambda c: c["attack"]),
+    ("knows", lambda c: c["knowledge"]),
+    ("ε·255", lambda c: f"{c['epsilon'] * 255:g}"),
+    ("n", lambda c: f"{c['n']}"),
+    ("steps", lambda c: _effort(c, "backwards")),
+    ("queries", lambda c: _effort(c, "queries")),
+    ("full", lambda c: arrow(c, "full")),
+    ("compressed", lambda c: arrow(c, "compressed")),
+    ("UPR", lambda c: interval(c, "upr")),
+    ("CAE", lambda c: interval(c, "cae")),
+    ("CSG", lambda c: interval(c, "csg")),
+    ("CSFR", lambda c: interval(c, "csfr")),
+    ("CBR", lambda c: interval(c, "cbr")),
+    ("full ASR", lambda c: interval(c, "full_asr")),
+    ("diagnosis", diagnosis),
+)
+
+
+if __name__ == "__main__":
+    main()
