@@ -1,0 +1,325 @@
+"""The loss of Transfer CAA: an expectation over surrogates, layers, retentions and views.
+
+Border tokens are those a surrogate mostly sees the frame in, wherever a transformation has put it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from attacks.errors import AttackError
+from attacks.objectives import bpr, query_misalignment, remaining_content
+from attacks.seeds import SeedBank
+from attacks.transfer.borders import covered, token_boxes
+from attacks.transfer.transformations import (
+    crop_box,
+    diverse_box,
+    place,
+    scale_copy,
+    spectrum,
+    whole,
+)
+from targets.base import Ranking, Surrogate
+from targets.compression.base import Compressor
+from targets.compression.fastervlm import FasterVLM
+from targets.compression.fastv import FastV
+
+COVERED = 0.5
+"""Share of a token's pixels in the frame from which on it counts as a border token."""
+REFERENCE_DEPTH = 32
+"""Layers of the language models that scoring layers are named for (LLaVA-1.5-7B)."""
+_IMAGINED = 0.25
+"""Retention of imagined compressors; their scores do not depend on it."""
+
+Score = Literal["llm", "cls"]
+
+
+def layers_for(depth: int, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Scoring layers of a language model, as FastV counts them: in 1 … depth − 1, rising.
+
+    Args:
+        depth: layers the model has.
+        layers: wanted. If the model is too shallow for the deepest of them, all are read as
+            shares of `REFERENCE_DEPTH`, so that their spread over the depth stays.
+    """
+    if max(layers) < depth:
+        return tuple(sorted(set(layers)))
+    shares = (round(layer * depth / REFERENCE_DEPTH) for layer in layers)
+    return tuple(sorted({min(max(1, layer), depth - 1) for layer in shares} - {0}))
+
+
+def scorers_of(
+    surrogate: Surrogate, layers: tuple[int, ...], scores: tuple[Score, ...]
+) -> tuple[Compressor, ...]:
+    """Compressors the attacker imagines on a surrogate: one per score the target may rank by.
+
+    Raises:
+        AttackError: if none is possible.
+    """
+    found: list[Compressor] = []
+    if "llm" in scores:
+        found += [
+            FastV(layer=one, retention=_IMAGINED) for one in layers_for(surrogate.depth, layers)
+        ]
+    if "cls" in scores:
+        found.append(FasterVLM(retention=_IMAGINED))
+    if not found:
+        raise AttackError(
+            f"surrogate {surrogate.name!r} has {surrogate.depth} layers, too few for a score "
+            "inside the language model; add cls to scores or take another surrogate"
+        )
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What the loss is made of; see `attacks.transfer_caa.TransferCAA`."""
+
+    tau: float
+    over: Literal["interior", "kept"]
+    retention: tuple[float, float]
+    query: float
+    erase: float
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Views:
+    """Under which transformations it is taken; see `attacks.transfer_caa.TransferCAA`."""
+
+    crops: int
+    crop_scale: float
+    diversity: float
+    diversity_rate: float
+    scales: int
+    spectra: int
+    spectrum_sigma: float
+    spectrum_rho: float
+
+
+class Member:
+    """One surrogate as the loss uses it.
+
+    Args:
+        surrogate: the model.
+        scorers: what it is imagined to rank with, at least one.
+    """
+
+    def __init__(self, surrogate: Surrogate, scorers: tuple[Compressor, ...]) -> None:
+        self.name, self.view, self.scorers = surrogate.name, surrogate.view, scorers
+        self._boxes: dict[tuple[int, int, int], Tensor] = {}
+
+    def groups(self, tokens: int, border: Tensor, interior: Tensor) -> tuple[Tensor, Tensor]:
+        """Border and interior tokens, bool ``[B, V]`` each; padding is neither.
+
+        Args:
+            tokens: V.
+            border: the frame in the picture, ``[B, 1, H, W]`` in [0, 1].
+            interior: what it encloses, likewise.
+        """
+        size = (border.shape[-2], border.shape[-1])
+        key = (tokens, *size)
+        if key not in self._boxes:
+            self._boxes[key] = token_boxes(self.view, tokens, size)
+        boxes = self._boxes[key]
+        first = covered(border, boxes) >= COVERED
+        return first, (covered(interior, boxes) >= COVERED) & ~first
+
+
+class Expectation:
+    """Mean loss of a perturbation of the frame, member by member.
+
+    Args:
+        members: surrogates.
+        canvas: ``[B, 3, H, W]``, what the perturbation is added to.
+        questions: asked of the surrogates.
+        mask: the frame, ``[B, 1, H, W]``.
+        region: top, left, bottom, right of the picture in the canvas; crops come from there.
+        weights: of the loss.
+        views: transformations.
+        sampled: take one scorer a step, in turn, instead of all of them.
+    """
+
+    def __init__(
+        self,
+        members: tuple[Member, ...],
+        canvas: Tensor,
+        questions: tuple[str, ...],
+        mask: Tensor,
+        region: tuple[int, int, int, int],
+        *,
+        weights: Weights,
+        views: Views,
+        sampled: bool,
+    ) -> None:
+        self.members, self.canvas, self.questions, self.mask = members, canvas, questions, mask
+        self.region, self.weights, self.views, self.sampled = region, weights, views, sampled
+
+    @property
+    def count(self) -> int:
+        """Number of members."""
+        return len(self.members)
+
+    def gradient(self, number: int, delta: Tensor, rng: SeedBank, step: int) -> Tensor:
+        """Gradient of one member's loss at a perturbation ``[B, 3, H, W]``.
+
+        Everything random comes from `rng`, so that a second call draws the same views.
+        """
+        delta = delta.detach().requires_grad_()
+        backdrops = self._backdrops(rng)
+        member, total = self.members[number], torch.zeros_like(delta)
+        scorers = member.scorers
+        if self.sampled:
+            # In turn, not by lot: the same mean with less variance, and one batch for all samples.
+            scorers = (scorers[(step + number) % len(scorers)],)
+        for copy in range(self.views.scales * max(1, self.views.spectra)):
+            own = rng.child(f"{member.name} {copy}")
+            for scorer in scorers:
+                with torch.enable_grad():
+                    loss = self._loss(member, scorer, backdrops, delta, own, copy)
+                total += _gradient(loss, delta, member.name)
+        return total
+
+    def judge(self, images: Tensor) -> Tensor:
+        """Ranking loss of finished pictures: mean over all members and scorers, ``[B]``."""
+        losses = []
+        with torch.no_grad():
+            for member in self.members:
+                for scorer in member.scorers:
+                    ranking = member.view.rank(images, self.questions, under=scorer)
+                    tokens = ranking.score.shape[1]
+                    border, interior = member.groups(tokens, self.mask, 1 - self.mask)
+                    losses.append(bpr(ranking.log_score, border, interior, self.weights.tau))
+        return torch.stack(losses).mean(0).float()
+
+    def _backdrops(self, rng: SeedBank) -> list[Tensor]:
+        """The canvas, and the canvas with a local crop in the place of the picture."""
+        found = [self.canvas]
+        count, size = len(self.canvas), (self.canvas.shape[-2], self.canvas.shape[-1])
+        everything = torch.tensor([self.region]).expand(count, -1)
+        kept = place(torch.ones_like(self.canvas[:, :1]), everything, everything, size)
+        for number in range(self.views.crops):
+            box = crop_box(rng.child(f"crop {number}"), self.region, self.views.crop_scale)
+            local = place(self.canvas, box, everything, size)
+            found.append(torch.where(kept > 0, local, self.canvas))
+        return found
+
+    def _loss(
+        self,
+        member: Member,
+        scorer: Compressor,
+        backdrops: list[Tensor],
+        delta: Tensor,
+        rng: SeedBank,
+        copy: int,
+    ) -> Tensor:
+        """One copy of all views under one scorer, ``[B]``."""
+        count, views = len(delta), len(backdrops)
+        seen = [self._transform(_within(one + delta), rng, copy) for one in backdrops]
+        border, interior = (
+            self._moved(mask.repeat(views, 1, 1, 1), rng, views)
+            for mask in (self.mask, 1 - self.mask)
+        )
+        ranking = member.view.rank(torch.cat(seen), self.questions * views, under=scorer)
+        up, down = member.groups(ranking.score.shape[1], border, interior)
+        if self.weights.over == "kept":
+            down = self._contested(ranking.score, down, rng, views)
+        loss = bpr(ranking.log_score, up, down, self.weights.tau)
+        if self.weights.query > 0 or self.weights.erase > 0:
+            with torch.no_grad():
+                clean = torch.cat([self._transform(one, rng, copy) for one in backdrops])
+                reference = member.view.rank(clean, self.questions * views, under=scorer)
+            loss = loss + self._guidance(ranking, reference, up)
+        loss = loss.view(views, count).mean(0)
+        if self.weights.similarity > 0 and views > 1:
+            loss = loss - self.weights.similarity * _alikeness(ranking.features, up, views)
+        return loss
+
+    def _transform(self, images: Tensor, rng: SeedBank, copy: int) -> Tensor:
+        """Spectrum, scale and place, in this order."""
+        views = self.views
+        if views.spectra > 0:
+            own = rng.child("spectrum")
+            images = spectrum(images, own, views.spectrum_sigma, views.spectrum_rho)
+        return self._moved(scale_copy(images, copy % views.scales), rng, 1)
+
+    def _moved(self, images: Tensor, rng: SeedBank, views: int) -> Tensor:
+        """Input diversity; a mask moves like its picture."""
+        if self.views.diversity == 0:
+            return images
+        size = (images.shape[-2], images.shape[-1])
+        rate, probability = self.views.diversity_rate, self.views.diversity
+        box = diverse_box(rng.child("place"), size, rate, probability).repeat(views, 1)
+        return place(images, whole(len(images), size), box)
+
+    def _contested(self, score: Tensor, interior: Tensor, rng: SeedBank, views: int) -> Tensor:
+        """The interior tokens that a compressor of a random retention would keep."""
+        low, high = self.weights.retention
+        share = rng.child("retention").uniform((1,), low, high).repeat(views, 1)
+        place_of = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+        return interior & (place_of < (share * score.shape[1]).round().clamp_min(1))
+
+    def _guidance(self, ranking: Ranking, clean: Ranking, border: Tensor) -> Tensor:
+        """w_q·L_query + w_e·L_erase on the border tokens."""
+        loss = self.weights.erase * remaining_content(ranking.features, clean.features, border)
+        if ranking.keys is not None and clean.query is not None:
+            loss = loss + self.weights.query * query_misalignment(ranking.keys, clean.query, border)
+        return loss
+
+
+def _alikeness(features: Tensor, border: Tensor, views: int) -> Tensor:
+    """Mean cosine between the border features of the picture and of its crops, ``[B]``."""
+    flat = (features.float() * border[..., None]).flatten(1)
+    whole_picture, *crops = flat.chunk(views)
+    return torch.stack([cosine_similarity(whole_picture, crop) for crop in crops]).mean(0)
+
+
+def _gradient(loss: Tensor, delta: Tensor, name: str) -> Tensor:
+    found = None
+    if loss.requires_grad:
+        (found,) = torch.autograd.grad(loss.sum(), delta, allow_unused=True)
+    if found is None:
+        raise AttackError(f"the ranking of surrogate {name!r} does not depend on the picture")
+    return found.detach()
+
+
+class _Within(torch.autograd.Function):
+    """Clamp to [0, 1] that drops only the gradient along which descent would push outwards.
+
+    The gradient of a plain clamp is zero beyond the ends, so a pixel that has left could not come
+    back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:  # noqa: ANN401 - torch's context
+        """Clamp."""
+        ctx.save_for_backward(images)
+        return images.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ANN401
+        """Keep what descent can follow."""
+        (images,) = ctx.saved_tensors
+        (gradient,) = gradients
+        stuck = ((images <= 0) & (gradient > 0)) | ((images >= 1) & (gradient < 0))
+        return gradient.masked_fill(stuck, 0)
+
+
+def _within(images: Tensor) -> Tensor:
+    found: Tensor = _Within.apply(images)  # type: ignore[no-untyped-call]
+    return found
+
+
+def tokens_in_words(members: tuple[Member, ...]) -> Iterator[str]:
+    """What each surrogate was imagined to rank with, for the report."""
+    for member in members:
+        parts = [
+            f"layer {one.layer}" if isinstance(one, FastV) else "CLS" for one in member.scorers
+        ]
+        yield f"{member.name} ({', '.join(parts)})"
