@@ -14,7 +14,7 @@ from targets.base import CALLS, Knowledge, Surrogate, WhiteBoxView, includes
 from targets.errors import KnowledgeError
 
 _QUERIES = frozenset({"ask", "option_scores"})
-_FREE = frozenset({"token_mask_to_pixels", "tower_depth"})
+_FREE = frozenset({"token_mask_to_pixels", "tower_depth", "project", "concepts"})
 
 
 @dataclass(slots=True)

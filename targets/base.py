@@ -44,11 +44,16 @@ CALLS: Final = {
     "tower_depth": Knowledge.ENCODER,
     "encode": Knowledge.ENCODER,
     "layers": Knowledge.ENCODER,
+    "values": Knowledge.ENCODER,
     "rank": Knowledge.COMPRESSED,
     "answer_nll": Knowledge.WHITE_BOX,
     "answer_logprobs": Knowledge.WHITE_BOX,
     "full_and_rank": Knowledge.WHITE_BOX,
     "option_logprobs": Knowledge.WHITE_BOX,
+    "project": Knowledge.WHITE_BOX,
+    "concepts": Knowledge.WHITE_BOX,
+    "continuation": Knowledge.WHITE_BOX,
+    "generation": Knowledge.WHITE_BOX,
     "ask": Knowledge.QUERY,
     "option_scores": Knowledge.SCORES,
 }
@@ -127,6 +132,8 @@ class Ranking:
         features: ``[B, V, D]`` what the visual tokens carry into the language model at the ranking
             point (projector output, or hidden state at the scoring layer).
         kept: bool ``[B, V]``, the hard selection.
+        soft_count: ``[B]`` differentiable relaxation of how many tokens are kept; None where that
+            does not depend on the picture.
     """
 
     score: Tensor
@@ -135,6 +142,7 @@ class Ranking:
     keys: Tensor | None
     features: Tensor
     kept: Tensor
+    soft_count: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,36 @@ class TowerLayer:
 
     hidden: Tensor
     score: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """Tokens a model said after B prompts; detached.
+
+    Attributes:
+        ids: long ``[B, A]``, padded at the right.
+        real: bool ``[B, A]``, False for padding; the end token, where it came, is real.
+    """
+
+    ids: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The model's state at each token of a `Continuation`; live.
+
+    Attributes:
+        logprobs: ``[B, A, vocabulary]`` of the token said there, given all before it.
+        end: ``[B, A]`` log-probability that the answer ends there instead.
+        hidden: ``[B, A, D]`` last hidden state, from which `logprobs` is made.
+        real: bool ``[B, A]``, see `Continuation`.
+    """
+
+    logprobs: Tensor
+    end: Tensor
+    hidden: Tensor
+    real: Tensor
 
 
 @runtime_checkable
@@ -197,6 +235,34 @@ class EncoderView(ImageView, Protocol):
             images: ``[B, 3, H, W]`` in [0, 1].
             numbers: layers of the tower counted as in a list: 0 the first, −1 the last.
             normalised: apply the tower's final normalisation to `hidden`, where it has one.
+        """
+        ...
+
+    def values(
+        self,
+        images: Tensor,
+        numbers: Sequence[int],
+        *,
+        normalised: bool = False,
+        smoothing: int = 0,
+        keys: int = -1,
+    ) -> tuple[Tensor, ...]:
+        """Value features of layers of the vision tower, ``[B, V, r · D]`` each, from one pass.
+
+        They are attention's values behind its output projection: what a token gives when it is
+        attended to alone. Those of the r patches of a token stand one after the other, as features
+        do on their way into the projector.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            numbers: layers counted as in `layers`.
+            normalised: apply the tower's final normalisation, where it has one.
+            smoothing: how often every head replaces its values by their mean, weighted with
+                ``softmax(k kᵀ)``, before they are projected.
+            keys: the layer whose keys k are.
+
+        Raises:
+            TargetError: for a family that does not say where its tower makes values.
         """
         ...
 
@@ -291,8 +357,65 @@ class WhiteBoxView(CompressedView, Protocol):
             straight_through: see `answer_nll`.
 
         Returns:
-            Of the first answer token where that tells the options of every sample apart (one
-            pass), else of the whole option, end token included (O passes).
+            Of the first answer token where that tells the options of a sample apart (one pass if
+            so for all), else of the whole option, end token included (O passes).
+        """
+        ...
+
+    def project(self, features: Tensor) -> Tensor:
+        """Token features ``[B, V, r · D]`` through the projector to the width of the LLM."""
+        ...
+
+    def concepts(self, texts: Sequence[str]) -> Tensor:
+        """Mean of the LLM's input embeddings of each text's tokens, each of unit length first.
+
+        Args:
+            texts: n words or phrases, as they stand in an answer.
+
+        Returns:
+            Detached, ``[n, D]``.
+        """
+        ...
+
+    def continuation(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        *,
+        length: int,
+        path: Path = "full",
+        under: Compressor | None = None,
+    ) -> Continuation:
+        """What the model says by itself, greedily.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B prompts.
+            length: most tokens, end token included, ≥ 1.
+            path: with all visual tokens, or through the compressor.
+            under: a compressor the attacker imagines on the compressed path.
+        """
+        ...
+
+    def generation(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        said: Continuation,
+        *,
+        path: Path = "full",
+        straight_through: bool = False,
+        under: Compressor | None = None,
+    ) -> Generation:
+        """How the model comes to say something, teacher-forced, live.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B prompts.
+            said: a continuation of each, of these or of other images.
+            path: with all visual tokens, or through the compressor.
+            straight_through: see `answer_nll`.
+            under: a compressor the attacker imagines on the compressed path.
         """
         ...
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from targets.base import Ranking, TowerLayer, VisionOutput
+from targets.base import Continuation, Generation, Ranking, TowerLayer, VisionOutput
 from targets.compression.base import Compressor, Stage
 from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
 from targets.compression.trace import Forced
 from targets.errors import TargetError
 from targets.families.base import Family
+from targets.families.vision import VisionPass
 from targets.preprocessing import Layout, Preprocessing
 from targets.prompts import Dialogue, Prompt, PromptBook, Size
 
@@ -66,23 +67,62 @@ class Passes:
         self, images: Tensor, numbers: Sequence[int], *, normalised: bool = False
     ) -> tuple[TowerLayer, ...]:
         """Layers of the vision tower, −1 the last; see `targets.base.EncoderView`."""
-        family = self.family
-        depth = family.tower_depth
+        wanted = self._tower_numbers(numbers)
+        vision = self._tower(images, wanted)
+        norm = self.family.final_norm() if normalised else None
+        return tuple(
+            TowerLayer(vision.hidden(number, norm), vision.attention(number).mean(1))
+            for number in wanted
+        )
+
+    def tower_values(
+        self,
+        images: Tensor,
+        numbers: Sequence[int],
+        *,
+        normalised: bool = False,
+        smoothing: int = 0,
+        keys: int = -1,
+    ) -> tuple[Tensor, ...]:
+        """Value features of layers of the tower; see `targets.base.EncoderView`."""
+        wanted = self._tower_numbers(numbers)
+        by = self._tower_numbers([keys])[0]
+        vision = self._tower(images, [*wanted, by] if smoothing else wanted)
+        norm = self.family.final_norm() if normalised else None
+        return tuple(
+            vision.values(number, norm, smoothing=smoothing, keys=by) for number in wanted
+        )
+
+    def _tower(self, images: Tensor, layers: Sequence[int]) -> VisionPass:
+        """The tower, run as far as these layers go."""
+        inputs, layout, _ = self.inputs(images)
+        layouts = [layout] * len(images)
+        return self.family.encode(inputs, layouts, sorted(set(layers)), features=False)
+
+    def _tower_numbers(self, numbers: Sequence[int]) -> list[int]:
+        """Layers of the tower counted from 0."""
+        depth = self.family.tower_depth
         wrong = [number for number in numbers if not -depth <= number < depth]
         if wrong or not numbers:
             raise TargetError(
                 f"vision tower layers are {list(numbers)}; this tower has {depth}, so they are "
                 f"from {-depth} to {depth - 1}, at least one"
             )
-        inputs, layout, _ = self.inputs(images)
-        wanted = [number % depth for number in numbers]
-        layers = sorted(set(wanted))
-        vision = family.encode(inputs, [layout] * len(images), layers, features=False)
-        norm = family.final_norm() if normalised else None
-        return tuple(
-            TowerLayer(vision.hidden(number, norm), vision.attention(number).mean(1))
-            for number in wanted
-        )
+        return [number % depth for number in numbers]
+
+    def project(self, features: Tensor) -> Tensor:
+        """Token features ``[B, V, r · D]`` to the width of the language model."""
+        return self.family.project_tokens(features.to(self.family.dtype))
+
+    def concepts(self, texts: Sequence[str]) -> Tensor:
+        """Mean unit input embedding of each text's tokens, ``[n, D]``."""
+        table = self.family.model.get_input_embeddings()
+        rows = []
+        with torch.no_grad():
+            for text in texts:
+                ids = torch.tensor(self.prompts.words(text), device=self.family.device)
+                rows.append(torch.nn.functional.normalize(table(ids).float(), dim=-1).mean(0))
+        return torch.stack(rows)
 
     def rank(
         self,
@@ -222,18 +262,19 @@ class Passes:
         columns = list(zip(*options, strict=True))
         talks = [self.prompts.dialogue(questions, column, layout, size) for column in columns]
         first = torch.stack([talk.targets[:, 0] for talk in talks], 1)  # [B, O]
-        if all(len(set(row)) == len(row) for row in first.tolist()):
-            logprobs, _ = self.answer_logprobs(
-                images, questions, columns[0], compressor, relax=relax
-            )
-            return logprobs[:, 0].gather(1, first)
-        whole = []
+        # Decided row by row, so that a sample's scores do not depend on its neighbours.
+        told = torch.tensor([len(set(row)) == len(row) for row in first.tolist()])
+        whole: list[Tensor] = []
         for column in columns:
             logprobs, talk = self.answer_logprobs(
                 images, questions, column, compressor, relax=relax
             )
+            if not whole:
+                short = logprobs[:, 0].gather(1, first)
+            if bool(told.all()):
+                return short
             whole.append(_of_targets(logprobs, talk))
-        return torch.stack(whole, 1)
+        return torch.where(told.to(short.device)[:, None], short, torch.stack(whole, 1))
 
     def _shape(self, images: Tensor, compressor: Compressor | None) -> tuple[Size, Layout]:
         """Size and layout of pictures behind a compressor that acts on pixels."""
@@ -257,14 +298,11 @@ class Passes:
         _one_each(images, questions)
         inputs, layout, size = self.inputs(images, compressor)
         prompt = self.prompts.prompt(questions, layout, size)
-        ends = {self.prompts.end}
-        configured = self.family.model.generation_config.eos_token_id
-        ends |= set(configured if isinstance(configured, list) else [configured]) - {None}
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=sorted(ends),
+            eos_token_id=sorted(self.ends),
             pad_token_id=self.prompts.pad,
         )
 
@@ -279,6 +317,53 @@ class Passes:
             return ids[:, prompt.ids.shape[1] :]
 
         return _inside(session, run)
+
+    def continuation(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        length: int,
+        compressor: Compressor | None = None,
+    ) -> Continuation:
+        """What the model says greedily, at most `length` tokens of it."""
+        session = None if compressor is None else self._session(compressor, "hard", None)
+        with torch.no_grad():
+            ids = self.generate(images, questions, session, length, compressor)
+        ended = torch.isin(ids, torch.tensor(sorted(self.ends), device=ids.device))
+        return Continuation(ids, ended.long().cumsum(1) - ended.long() == 0)
+
+    def generation(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        said: Continuation,
+        compressor: Compressor | None = None,
+        *,
+        straight_through: bool = False,
+    ) -> Generation:
+        """Distributions and hidden states at each token said; see `targets.base.WhiteBoxView`."""
+        _one_each(images, questions)
+        inputs, layout, size = self.inputs(images, compressor)
+        prompt = self.prompts.prompt(questions, layout, size)
+        talk = Dialogue.of(prompt, said.ids, said.real)
+        relax = RELAX if straight_through and compressor is not None else None
+        session = (
+            None
+            if compressor is None
+            else self._session(compressor, "hard", None, talk, relax, None)
+        )
+        hidden = _inside(session, lambda: self._run(talk, inputs))
+        hidden = hidden[:, hidden.shape[1] - said.ids.shape[1] :]
+        logprobs = self.family.logits(hidden).float().log_softmax(-1)
+        end = logprobs[..., sorted(self.ends)].logsumexp(-1)
+        return Generation(logprobs, end, hidden, said.real)
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens at which an answer ends."""
+        configured = self.family.model.generation_config.eos_token_id
+        more = configured if isinstance(configured, list) else [configured]
+        return frozenset({self.prompts.end, *more} - {None})
 
     def _run(self, prompt: Prompt, inputs: dict[str, Tensor]) -> Tensor:
         encoded = self.family.encoded(inputs)

@@ -49,6 +49,18 @@ class Dialogue(Prompt):
     targets: Tensor
     real: Tensor
 
+    @staticmethod
+    def of(prompt: Prompt, targets: Tensor, real: Tensor) -> Dialogue:
+        """Prompts with tokens behind them.
+
+        Args:
+            prompt: B prompts.
+            targets: ``[B, A]``, padded at the right.
+            real: bool ``[B, A]``, False for padding.
+        """
+        mask = torch.cat([prompt.mask, real[:, 1:].long()], 1)
+        return Dialogue(torch.cat([prompt.ids, targets[:, :-1]], 1), mask, targets, real)
+
 
 class PromptBook:
     """Turns questions and answers into ids the way the model's own processor does.
@@ -143,9 +155,21 @@ class PromptBook:
         targets = torch.tensor(filled, device=self._device)
         lengths = torch.tensor([len(row) for row in rows], device=self._device)
         real = torch.arange(width, device=self._device) < lengths[:, None]
-        mask = torch.cat([prompt.mask, real[:, 1:].long()], 1)
-        ids = torch.cat([prompt.ids, targets[:, :-1]], 1)
-        return Dialogue(ids, mask, targets, real)
+        return Dialogue.of(prompt, targets, real)
+
+    def words(self, text: str) -> list[int]:
+        """Ids of a text as it stands behind another word.
+
+        Raises:
+            TargetError: if it has none.
+        """
+        before = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self._tokenizer(f"a {text}", add_special_tokens=False)["input_ids"]
+        alone = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = whole[len(before) :] if whole[: len(before)] == before else alone
+        if not ids:
+            raise TargetError(f"the text {text!r} has no token; give a word")
+        return ids
 
     def _pad(self, rows: list[list[int]]) -> Prompt:
         width = max(map(len, rows))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from targets.base import (
     CALLS,
+    Continuation,
+    Generation,
     ImageView,
     Knowledge,
     Path,
@@ -144,6 +146,52 @@ class _Calls:
         self, images: Tensor, numbers: Sequence[int], *, normalised: bool = False
     ) -> tuple[TowerLayer, ...]:
         return self._passes.tower_layers(images, numbers, normalised=normalised)
+
+    def values(
+        self,
+        images: Tensor,
+        numbers: Sequence[int],
+        *,
+        normalised: bool = False,
+        smoothing: int = 0,
+        keys: int = -1,
+    ) -> tuple[Tensor, ...]:
+        return self._passes.tower_values(
+            images, numbers, normalised=normalised, smoothing=smoothing, keys=keys
+        )
+
+    def project(self, features: Tensor) -> Tensor:
+        return self._passes.project(features)
+
+    def concepts(self, texts: Sequence[str]) -> Tensor:
+        return self._passes.concepts(texts)
+
+    def continuation(
+        self,
+        images: Tensor,
+        questions: Questions,
+        *,
+        length: int,
+        path: Path = "full",
+        under: Compressor | None = None,
+    ) -> Continuation:
+        using = self.on(path, "view.continuation", under)
+        return self._passes.continuation(images, questions, length, using)
+
+    def generation(
+        self,
+        images: Tensor,
+        questions: Questions,
+        said: Continuation,
+        *,
+        path: Path = "full",
+        straight_through: bool = False,
+        under: Compressor | None = None,
+    ) -> Generation:
+        using = self.on(path, "view.generation", under)
+        return self._passes.generation(
+            images, questions, said, using, straight_through=straight_through
+        )
 
     def rank(
         self, images: Tensor, questions: Questions, *, under: Compressor | None = None

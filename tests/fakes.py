@@ -16,6 +16,8 @@ from torch import Tensor
 
 from targets.base import (
     Batch,
+    Continuation,
+    Generation,
     Knowledge,
     Path,
     Ranking,
@@ -29,6 +31,8 @@ from targets.errors import KnowledgeError
 VOCABULARY = 7
 DEPTH = 3
 """Layers of the fake's tower."""
+END = 1
+"""The fake's end token."""
 _WORDS = {2: "no", 3: "yes"}
 
 
@@ -109,6 +113,67 @@ class FakeView:
             shown = torch.nn.functional.normalize(hidden, dim=-1) if normalised else hidden
             found.append(TowerLayer(shown, score))
         return tuple(found[number] for number in numbers)
+
+    def values(
+        self,
+        images: Tensor,
+        numbers: Sequence[int],
+        *,
+        normalised: bool = False,
+        smoothing: int = 0,
+        keys: int = -1,
+    ) -> tuple[Tensor, ...]:
+        self._enter("values", Knowledge.ENCODER)
+        del keys
+        features, found = self._features(images), []
+        for block in self.blocks:
+            values = torch.stack([row @ block.T for row in features])
+            for _ in range(smoothing):
+                weights = torch.stack([(row @ row.T).softmax(-1) for row in features])
+                values = torch.stack([w @ v for w, v in zip(weights, values, strict=True)])
+            shown = torch.nn.functional.normalize(values, dim=-1) if normalised else values
+            found.append(shown)
+        return tuple(found[number] for number in numbers)
+
+    def project(self, features: Tensor) -> Tensor:
+        self._enter("project", Knowledge.WHITE_BOX)
+        return torch.stack([row @ self.to_key for row in features])
+
+    def concepts(self, texts: Sequence[str]) -> Tensor:
+        self._enter("concepts", Knowledge.WHITE_BOX)
+        return torch.stack([text_vector(text, self.heads * self.width) for text in texts])
+
+    def continuation(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        *,
+        length: int,
+        path: Path = "full",
+        under: Any = None,
+    ) -> Continuation:
+        del under
+        self._enter(f"continuation {path}", Knowledge.WHITE_BOX)
+        with torch.no_grad():
+            ids = self._steps(images, questions, length, path, False)[0].argmax(-1)
+        ended = ids == END
+        return Continuation(ids, ended.long().cumsum(1) - ended.long() == 0)
+
+    def generation(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        said: Continuation,
+        *,
+        path: Path = "full",
+        straight_through: bool = False,
+        under: Any = None,
+    ) -> Generation:
+        del under
+        self._enter(f"generation {path}", Knowledge.WHITE_BOX)
+        length = said.ids.shape[1]
+        logprobs, hidden = self._steps(images, questions, length, path, straight_through)
+        return Generation(logprobs, logprobs[..., END], hidden, said.real)
 
     def rank(self, images: Tensor, questions: tuple[str, ...], *, under: Any = None) -> Ranking:
         del under
@@ -221,9 +286,35 @@ class FakeView:
         order = score.argsort(dim=1, descending=True, stable=True)
         return order.argsort(dim=1, stable=True) < self.keep
 
+    def _steps(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        length: int,
+        path: Path,
+        straight_through: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Distributions ``[B, A, vocabulary]`` and hidden states ``[B, A, D]`` of an answer."""
+        pooled = self._pooled(images, questions, path, straight_through)
+        hidden, states = pooled, []
+        for step in range(length):
+            hidden = torch.stack([torch.tanh(row @ self.blocks[step % DEPTH]) for row in hidden])
+            states.append(hidden)
+        shown = torch.stack(states, 1)
+        logits = torch.stack([row @ self.head for row in shown])
+        return logits.log_softmax(-1), shown
+
     def _answer(
         self, images: Tensor, questions: tuple[str, ...], path: Path, straight_through: bool
     ) -> tuple[Tensor, Tensor]:
+        pooled = self._pooled(images, questions, path, straight_through)
+        logits = torch.stack([row @ self.head for row in pooled])
+        logprobs = logits.log_softmax(-1)[:, None].expand(-1, 2, -1)
+        return logprobs, torch.ones(logprobs.shape[:2], dtype=torch.bool)
+
+    def _pooled(
+        self, images: Tensor, questions: tuple[str, ...], path: Path, straight_through: bool
+    ) -> Tensor:
         ranking = self._rank(images, questions)
         weights = torch.ones_like(ranking.score)
         if path == "compressed":
@@ -232,10 +323,7 @@ class FakeView:
                 bar = ranking.log_score.sort(dim=1, descending=True).values[:, self.keep - 1]
                 soft = torch.sigmoid(ranking.log_score - bar.detach()[:, None])
                 weights = weights + soft - soft.detach()
-        pooled = (ranking.features * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-        logits = torch.stack([row @ self.head for row in pooled])
-        logprobs = logits.log_softmax(-1)[:, None].expand(-1, 2, -1)
-        return logprobs, torch.ones(logprobs.shape[:2], dtype=torch.bool)
+        return (ranking.features * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
 
 
 @dataclass

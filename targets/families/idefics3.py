@@ -106,8 +106,8 @@ class Idefics3(Shuffled):
 
     def tapped(self, block: Any) -> TappedLayer:  # noqa: ANN401 - modules of transformers
         """As in SigLIP."""
-        attention = block.self_attn
-        return TappedLayer(block, attention.q_proj, attention.k_proj, int(attention.num_heads))
+        a = block.self_attn
+        return TappedLayer(block, a.q_proj, a.k_proj, int(a.num_heads), a.v_proj, a.out_proj)
 
     def scaling(self, block: Any) -> float:  # noqa: ANN401 - modules of transformers
         """Factor on query · key."""

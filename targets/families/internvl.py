@@ -94,8 +94,9 @@ class InternVL(Shuffled):
 
     def tapped(self, block: Any) -> TappedLayer:  # noqa: ANN401 - modules of transformers
         """Queries and keys behind their normalisation, where the model has one."""
-        attention = block.attention
-        return TappedLayer(block, attention.q_norm, attention.k_norm, int(attention.num_heads))
+        a = block.attention
+        heads = int(a.num_heads)
+        return TappedLayer(block, a.q_norm, a.k_norm, heads, a.v_proj, a.projection_layer)
 
     def scaling(self, block: Any) -> float:  # noqa: ANN401 - modules of transformers
         """Factor on query · key."""

@@ -146,8 +146,8 @@ def encoder_of(
 
 def tapped(layer: Any) -> TappedLayer:  # noqa: ANN401
     """What a tap listens to in a layer of CLIP or SigLIP."""
-    attention = layer.self_attn
-    return TappedLayer(layer, attention.q_proj, attention.k_proj, int(attention.num_heads))
+    a = layer.self_attn
+    return TappedLayer(layer, a.q_proj, a.k_proj, int(a.num_heads), a.v_proj, a.out_proj)
 
 
 def feature_layer_of(index: object, layers: int) -> int:

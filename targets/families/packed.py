@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from targets.compression.scoring import received_attention
-from targets.families.vision import LayerPass, TappedLayer, VisionPass, VisionTap
+from targets.families.vision import LayerPass, TappedLayer, VisionPass, VisionTap, averaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,12 @@ class PackedPass(VisionPass):
         rows = torch.tensor(self.sizes, device=here.keys.device)
         share = torch.cat(sums, 2) / rows.repeat_interleave(rows)
         return self.per_token(share.transpose(1, 2)).mean(2).transpose(1, 2)
+
+    def _smoothed(self, values: Tensor, by: LayerPass, times: int) -> Tensor:
+        """Averaged within each picture."""
+        cut = list(self.sizes)
+        pairs = zip(torch.split(values, cut, 2), torch.split(by.keys, cut, 2), strict=True)
+        return torch.cat([averaged(*pair, self.scaling, times) for pair in pairs], 2)
 
 
 class PackedTap(VisionTap):
@@ -95,11 +101,11 @@ class PackedTap(VisionTap):
 
     def _pass(self, number: int, one: TappedLayer) -> LayerPass:
         packed = self._seen[number, "qkv"]
-        queries, keys, _ = packed.view(len(packed), 3, one.heads, -1).permute(1, 2, 0, 3)
+        queries, keys, values = packed.view(len(packed), 3, one.heads, -1).permute(1, 2, 0, 3)
         cosine, sine = self._seen[number, "turn"].float()
         hidden = self._seen[number, "hidden"]
-        turned = (_turn(part, cosine, sine)[None] for part in (queries, keys))
-        return LayerPass(hidden[None], *turned)
+        queries, keys = (_turn(part, cosine, sine)[None] for part in (queries, keys))
+        return LayerPass(hidden[None], queries, keys, values[None], one.key.proj)
 
 
 def _turn(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from targets.compression.scoring import attention_row, received_attention
+from targets.compression.scoring import attention_row, precise, received_attention
+from targets.errors import TargetError
 
 _TAPS = "_open_vision_taps"
 
@@ -27,11 +28,15 @@ class LayerPass:
         hidden: ``[G, S, D]`` output of the layer, CLS first where there is one.
         queries: ``[G, N, S, E]`` of its attention.
         keys: ``[G, N, S, E]``.
+        values: ``[G, N, S, E]``; None where the tap did not listen to them.
+        out: the projection behind attention, ``[G, S, N·E]`` to ``[G, S, D]``; None likewise.
     """
 
     hidden: Tensor
     queries: Tensor
     keys: Tensor
+    values: Tensor | None = None
+    out: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,43 @@ class VisionPass:
         found = self._bare(self._layer(layer).hidden, 1)
         return self.per_token(found if norm is None else norm(found)).mean(2)
 
+    def values(
+        self,
+        layer: int | None = None,
+        norm: Callable[[Tensor], Tensor] | None = None,
+        *,
+        smoothing: int = 0,
+        keys: int | None = None,
+    ) -> Tensor:
+        """``[I, V, r · D]`` values of a captured layer behind its output projection.
+
+        That is what a token would give if it were attended to alone.
+
+        Args:
+            layer: the feature layer if None.
+            norm: applied to every patch behind the projection.
+            smoothing: how often every head averages its values first, by ``softmax(k kᵀ)``.
+            keys: captured layer whose keys k are; the layer itself if None.
+
+        Raises:
+            TargetError: if the family's tap does not listen to values.
+        """
+        here = self._layer(layer)
+        if here.values is None or here.out is None:
+            raise TargetError(
+                "the adapter of this family does not say where its vision tower makes values "
+                "(TappedLayer.value and out)"
+            )
+        mixed = here.values
+        if smoothing:
+            mixed = self._smoothed(mixed, self._layer(layer if keys is None else keys), smoothing)
+        found = self._bare(here.out(mixed.transpose(1, 2).flatten(2)), 1)
+        return self.per_token(found if norm is None else norm(found)).flatten(2)
+
+    def _smoothed(self, values: Tensor, by: LayerPass, times: int) -> Tensor:
+        """Values ``[G, N, S, E]`` averaged by key–key attention within each run."""
+        return averaged(values, by.keys, self.scaling, times)
+
     def attention(self, layer: int | None = None) -> Tensor:
         """``[I, N, V]`` attention of CLS to the patches of its run; received without CLS."""
         if not self.has_cls:
@@ -143,12 +185,16 @@ class TappedLayer:
         query: module that makes the queries, output ``[G, S, N·E]``.
         key: module that makes the keys, ``[G, S, N·E]``.
         heads: N.
+        value: module that makes the values, ``[G, S, N·E]``; None hides them.
+        out: module that projects what attention gives, ``[G, S, N·E]`` to ``[G, S, D]``.
     """
 
     layer: Any
     query: Any
     key: Any
     heads: int
+    value: Any = None
+    out: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +248,13 @@ class VisionTap:
     @property
     def latest(self) -> dict[int, LayerPass] | None:
         """What was captured last; None before any run."""
-        if len(self._seen) < 3 * len(self._layers):
+        if not self._whole():
             return None
         return {number: self._pass(number, one) for number, one in self._layers.items()}
+
+    def _whole(self) -> bool:
+        """Whether every layer was passed to its end."""
+        return all((number, "hidden") in self._seen for number in self._layers)
 
     def clear(self) -> None:
         """Forget what was captured."""
@@ -218,6 +268,8 @@ class VisionTap:
                 one.key.register_forward_hook(self._keep(number, "key")),
                 one.layer.register_forward_hook(self._keep(number, "hidden")),
             ]
+            if one.value is not None:
+                self._handles.append(one.value.register_forward_hook(self._keep(number, "value")))
         taps = self._tower.__dict__.setdefault(_TAPS, [])
         taps.append(self)
         if self._stop:
@@ -262,7 +314,18 @@ class VisionTap:
             found = self._seen[number, name]
             return found.view(*found.shape[:-1], one.heads, -1).transpose(1, 2)
 
-        return LayerPass(self._seen[number, "hidden"], split("query"), split("key"))
+        values = None if one.value is None else split("value")
+        hidden = self._seen[number, "hidden"]
+        return LayerPass(hidden, split("query"), split("key"), values, one.out)
+
+
+def averaged(values: Tensor, keys: Tensor, scaling: float, times: int) -> Tensor:
+    """Values ``[G, N, S, E]``, each replaced `times` times by a mean weighted ``softmax(k kᵀ)``."""
+    weights = (precise(keys @ keys.transpose(-1, -2)) * scaling).softmax(-1)
+    mixed = precise(values)
+    for _ in range(times):
+        mixed = weights @ mixed
+    return mixed.to(values.dtype)
 
 
 def _end(module: object, inputs: object, output: object) -> None:
