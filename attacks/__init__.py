@@ -10,28 +10,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from attacks.attention_only import AttentionOnly
     from attacks.base import Attack, AttackResult, Proposal
     from attacks.budget import Budget
     from attacks.caa import CAA
+    from attacks.cage import CAGE
+    from attacks.cira import CIRA
     from attacks.descent import Descent, descend
     from attacks.errors import AttackError
+    from attacks.fata import FATA
     from attacks.fgsm import FGSM
     from attacks.noise import Noise
     from attacks.pgd import PGD
     from attacks.seeds import SeedBank
+    from attacks.transfer_caa import TransferCAA
+    from attacks.veattack import VEAttack
 
 __all__ = [
     "CAA",
+    "CAGE",
+    "CIRA",
+    "FATA",
     "FGSM",
     "PGD",
     "Attack",
     "AttackError",
     "AttackResult",
+    "AttentionOnly",
     "Budget",
     "Descent",
     "Noise",
     "Proposal",
     "SeedBank",
+    "TransferCAA",
+    "VEAttack",
     "descend",
 ]
 
@@ -39,14 +51,20 @@ _HOME = {
     "Attack": "base",
     "AttackError": "errors",
     "AttackResult": "base",
+    "AttentionOnly": "attention_only",
     "Budget": "budget",
     "CAA": "caa",
+    "CAGE": "cage",
+    "CIRA": "cira",
     "Descent": "descent",
+    "FATA": "fata",
     "FGSM": "fgsm",
     "Noise": "noise",
     "PGD": "pgd",
     "Proposal": "base",
     "SeedBank": "seeds",
+    "TransferCAA": "transfer_caa",
+    "VEAttack": "veattack",
     "descend": "descent",
 }
 

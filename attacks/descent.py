@@ -40,6 +40,8 @@ class Descent:
     Attributes:
         momentum: decay of accumulated gradients, each divided by its mean magnitude first
             (MI-FGSM, Dong et al., arXiv 1710.06081); 0 is plain PGD.
+        velocity: what momentum adds up: gradients over their ``mean`` magnitude, or ``direction``,
+            unit steps whose sum is made a unit step again (VEAttack, arXiv 2505.17440).
         schedule: step size over the run: constant, cosine to zero, or halved at 50 % and 75 %.
         random_start: begin at a random point of the ball; restarts after the first always do.
         rounded: judge every iterate as the 8-bit image that would be saved, passing the gradient
@@ -49,6 +51,7 @@ class Descent:
     """
 
     momentum: float = 0.0
+    velocity: Literal["mean", "direction"] = "mean"
     schedule: Schedule = "constant"
     random_start: bool = True
     rounded: bool = True
@@ -179,7 +182,7 @@ def _run(
         if mask is not None:
             gradient = gradient * mask
         slopes.append(gradient.abs().flatten(1).amax(1).masked_fill(frozen, math.nan))
-        velocity = _accumulate(velocity, gradient, how.momentum)
+        velocity = _accumulate(velocity, gradient, how, budget)
         size = budget.step_size * step_scale(how.schedule, step, budget.steps)
         moved = project(clean, images - size * direction(velocity, budget), budget)
         images = torch.where(frozen.view(-1, 1, 1, 1), images, moved)
@@ -249,11 +252,13 @@ def _refuse_not_finite(batch: Batch, loss: Tensor, gradient: Tensor, step: int) 
     )
 
 
-def _accumulate(velocity: Tensor, gradient: Tensor, momentum: float) -> Tensor:
-    if momentum == 0:
+def _accumulate(velocity: Tensor, gradient: Tensor, how: Descent, budget: Budget) -> Tensor:
+    if how.momentum == 0:
         return gradient
+    if how.velocity == "direction":
+        return direction(how.momentum * velocity + direction(gradient, budget), budget)
     size = gradient.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
-    return momentum * velocity + gradient / size
+    return how.momentum * velocity + gradient / size
 
 
 def direction(velocity: Tensor, budget: Budget) -> Tensor:

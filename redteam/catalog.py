@@ -63,6 +63,12 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "pgd": "attacks.pgd:PGD",
         "fgsm": "attacks.fgsm:FGSM",
         "caa": "attacks.caa:CAA",
+        "transfer_caa": "attacks.transfer_caa:TransferCAA",
+        "cage": "attacks.cage:CAGE",
+        "fata": "attacks.fata:FATA",
+        "attention_only": "attacks.attention_only:AttentionOnly",
+        "cira": "attacks.cira:CIRA",
+        "veattack": "attacks.veattack:VEAttack",
     },
     "defenses": {
         "none": "redteam.loaders:Undefended",

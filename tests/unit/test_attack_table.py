@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from targets.base import Knowledge
 from tests.fakes import make_batch, view_for
 
 SEEDS = [11, 22, 33, 44]
+
+
+TRANSFER: dict[str, Any] = {"steps": 8, "judge_every": 2, "border": 0.25, "template": 8}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,23 @@ ROWS = [
     Row(attacks.CAA(steps=5, group="twice_kept", intra="none")),
     Row(attacks.CAA(steps=5, ranking="absolute", intra="none")),
     Row(attacks.CAA(steps=0), uses_gradient=False),
+    Row(attacks.Noise(border=0.25, frame="added"), uses_gradient=False),
+    Row(attacks.TransferCAA(**TRANSFER)),
+    Row(attacks.TransferCAA(**TRANSFER, frame="added", over="kept", expectation="full")),
+    Row(attacks.TransferCAA(**TRANSFER, ensemble="cwa", spectra=2, scales=2, nesterov=True)),
+    Row(attacks.TransferCAA(**TRANSFER, neighbours=2, smoothing=3, schedule="cosine")),
+    Row(attacks.TransferCAA(**{**TRANSFER, "steps": 0}), uses_gradient=False),
+    Row(attacks.CAGE(steps=5), stochastic=False),
+    Row(attacks.CAGE(steps=5, score="norm", alignment="rescaled"), stochastic=False),
+    Row(attacks.CAGE(steps=5, rda_weight=0, random_start=True)),
+    Row(attacks.FATA(steps=5)),
+    Row(attacks.FATA(steps=5, random_start=False, top=3), stochastic=False),
+    Row(attacks.AttentionOnly(steps=5)),
+    Row(attacks.CIRA(steps=5), stochastic=False),
+    Row(attacks.CIRA(steps=5, hep_weight=0, layers=(-1,)), stochastic=False),
+    Row(attacks.CIRA(steps=5, hep_over="all", views="translations"), stochastic=False),
+    Row(attacks.CIRA(steps=5, gsh_weight=0, hep_over="all", random_start=True)),
+    Row(attacks.VEAttack(steps=5)),
 ]
 
 
