@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from annotated_types import Gt, Interval
 from torch import Tensor
 
 from attacks.base import Attack, Proposal
 from attacks.budget import Budget
+from attacks.errors import AttackError
 from attacks.seeds import SeedBank
+from attacks.transfer import borders
 from targets.base import Batch, ImageView, Knowledge
 
 
@@ -30,6 +31,11 @@ class Noise(Attack):
         sigma: standard deviation of ``gaussian`` in units of epsilon, > 0.
         border: only a frame of this width, as a share of the shorter side in (0, 0.5];
             None is the whole image.
+        frame: ``inside`` the picture, or ``added`` around it in mid-grey, with the picture shrunk
+            into it; the budget is then measured from the framed picture. With a border below 0.5.
+
+    Raises:
+        AttackError: for an option outside its range, or an added frame without a border.
 
     *Differs from the paper in …*: the noise of "Compression-Aware Attack" (arXiv 2601.12042) is
     called Gaussian and clipped to the linf ball without its deviation; 1 × epsilon is our choice,
@@ -43,17 +49,33 @@ class Noise(Attack):
     norm: Literal["linf", "l2"] = "linf"
     sigma: Annotated[float, Gt(0)] = 1.0
     border: Annotated[float, Interval(gt=0, le=0.5)] | None = None
+    frame: Literal["inside", "added"] = "inside"
+
+    def __post_init__(self) -> None:
+        """Check what an annotation cannot say."""
+        super().__post_init__()
+        if self.frame == "added" and (self.border is None or self.border == 0.5):
+            raise AttackError(
+                f"attack {self.name}: frame is 'added' and border {self.border!r}; allowed: a "
+                "border in (0, 0.5), the width of the frame"
+            )
 
     def budget(self, epsilon: float) -> Budget:
         """The ball; there are no steps."""
         return Budget(epsilon, self.norm)
+
+    def canvas(self, images: Tensor) -> Tensor:
+        """The clean pictures, or these in a grey frame."""
+        if self.frame == "inside" or self.border is None:
+            return images
+        return borders.framed(images, self.border)
 
     def propose(self, view: ImageView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Clean images plus noise. `view` goes unused: noise knows nothing."""
         del view
         clean = batch.images
         delta = self._draw(rng, tuple(clean.shape[1:]), budget.epsilon)
-        mask = None if self.border is None else frame(clean, self.border)
+        mask = None if self.border is None else borders.frame(clean, self.border)
         if mask is not None:
             delta = delta * mask
         if budget.norm == "l2":
@@ -67,17 +89,3 @@ class Noise(Attack):
         if self.distribution == "sign":
             return rng.signs(shape) * epsilon
         return rng.normal(shape) * (self.sigma * epsilon)
-
-
-def frame(images: Tensor, width: float) -> Tensor:
-    """A frame along the border: ``[B, 1, H, W]``, 1 in the frame and 0 inside.
-
-    Args:
-        images: ``[B, 3, H, W]``, for the size.
-        width: share of the shorter side, in (0, 0.5]; at least one pixel.
-    """
-    count, _, height, breadth = images.shape
-    thick = max(1, round(width * min(height, breadth)))
-    mask = torch.ones((count, 1, height, breadth), device=images.device)
-    mask[:, :, thick : height - thick, thick : breadth - thick] = 0
-    return mask

@@ -18,7 +18,10 @@ from tests.fakes import make_batch, view_for
 SEEDS = [11, 22, 33, 44]
 
 
-TRANSFER: dict[str, Any] = {"steps": 8, "judge_every": 2, "border": 0.25, "template": 8}
+TRANSFER: dict[str, Any] = {
+    **{"steps": 12, "alpha": 4 / 255, "judge_every": 3},
+    **{"border": 0.25, "template": None, "query_weight": 0.1},
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ ROWS = [
     Row(attacks.CAA(steps=0), uses_gradient=False),
     Row(attacks.Noise(border=0.25, frame="added"), uses_gradient=False),
     Row(attacks.TransferCAA(**TRANSFER)),
+    Row(attacks.TransferCAA(**{**TRANSFER, "template": 8, "steps": 24})),
     Row(attacks.TransferCAA(**TRANSFER, frame="added", over="kept", expectation="full")),
     Row(attacks.TransferCAA(**TRANSFER, ensemble="cwa", spectra=2, scales=2, nesterov=True)),
     Row(attacks.TransferCAA(**TRANSFER, neighbours=2, smoothing=3, schedule="cosine")),
