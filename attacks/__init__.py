@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from attacks.apgd import APGD
     from attacks.attention_only import AttentionOnly
     from attacks.base import Attack, AttackResult, Proposal
     from attacks.budget import Budget
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from attacks.veattack import VEAttack
 
 __all__ = [
+    "APGD",
     "CAA",
     "CAGE",
     "CIRA",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "APGD": "apgd",
     "Attack": "base",
     "AttackError": "errors",
     "AttackResult": "base",
