@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from attacks.errors import AttackError
     from attacks.fata import FATA
     from attacks.fgsm import FGSM
+    from attacks.minimal import Minimal
     from attacks.noise import Noise
     from attacks.pgd import PGD
     from attacks.seeds import SeedBank
+    from attacks.suite import Suite
     from attacks.transfer_caa import TransferCAA
     from attacks.veattack import VEAttack
 
@@ -41,9 +43,11 @@ __all__ = [
     "AttentionOnly",
     "Budget",
     "Descent",
+    "Minimal",
     "Noise",
     "Proposal",
     "SeedBank",
+    "Suite",
     "TransferCAA",
     "VEAttack",
     "descend",
@@ -62,10 +66,12 @@ _HOME = {
     "Descent": "descent",
     "FATA": "fata",
     "FGSM": "fgsm",
+    "Minimal": "minimal",
     "Noise": "noise",
     "PGD": "pgd",
     "Proposal": "base",
     "SeedBank": "seeds",
+    "Suite": "suite",
     "TransferCAA": "transfer_caa",
     "VEAttack": "veattack",
     "descend": "descent",

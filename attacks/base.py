@@ -42,6 +42,8 @@ class Proposal:
         mask: ``[B, 1, H, W]`` of 0 and 1; pixels with 0 are restored to the clean image exactly.
         notes: remarks for the report, e.g. a component that could not be used.
         made_by: of an attack made of others, what made each sample's image; empty for the rest.
+        checks: of an attack made of others, the self-checks of what made each sample's image, in
+            place of those of `loss` and `gradient`.
     """
 
     images: Tensor
@@ -50,6 +52,7 @@ class Proposal:
     mask: Tensor | None = None
     notes: tuple[str, ...] = ()
     made_by: tuple[str, ...] = ()
+    checks: tuple[tuple[str, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +255,16 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
     linf, l2 = norms((to_levels(images) - to_levels(base)).double() / 255)
     count = len(base)
     losses = _columns(proposal.loss, count)
-    gradients = _columns(proposal.gradient, count)
+    checks = proposal.checks
+    if checks is None:
+        pairs = zip(losses, _columns(proposal.gradient, count), strict=True)
+        checks = tuple(run_checks(*pair) for pair in pairs)
     return AttackResult(
         images=images,
         loss=[_thin([value for value in column if not math.isnan(value)]) for column in losses],
         linf=linf,
         l2=l2,
-        checks=tuple(run_checks(*pair) for pair in zip(losses, gradients, strict=True)),
+        checks=checks,
         forwards=math.ceil(meter.forwards / max(count, 1)),
         backwards=math.ceil(meter.backwards / max(count, 1)),
         notes=proposal.notes,

@@ -70,6 +70,8 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "attention_only": "attacks.attention_only:AttentionOnly",
         "cira": "attacks.cira:CIRA",
         "veattack": "attacks.veattack:VEAttack",
+        "suite": "attacks.suite:Suite",
+        "minimal": "attacks.minimal:Minimal",
     },
     "defenses": {
         "none": "redteam.loaders:Undefended",

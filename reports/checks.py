@@ -35,7 +35,8 @@ doubt: none for a gradient of zero, else what a gate tolerates in errors, for th
 
 REMEDY = {
     "zero-gradient": "use a straight-through or BPDA gradient, float32, or another loss",
-    "no-progress": "try a smaller alpha, a random start or more steps",
+    "no-progress": "try a margin loss (a log-likelihood saturates where the model is sure), a "
+    "smaller alpha, a random start or more steps",
     "not-decreasing": "lower alpha or use a decaying schedule",
     "unfinished": "raise steps, or run the attack with twice the steps in the same scenario: if "
     "that breaks no more, this is lifted",
@@ -297,7 +298,9 @@ def _against_noise(run: _Run, cell: Cell) -> tuple[Cell, _Paired] | None:
 
 def _area(cell: Cell) -> tuple[Any, ...]:
     """Where an attack may change the picture; noise elsewhere is no control for it."""
-    return tuple(_options(cell).get(name) for name in ("border", "frame"))
+    options = _options(cell)
+    border = options.get("border")
+    return () if border is None else (border, options.get("frame", "inside"))
 
 
 def _non_monotone(run: _Run, cell: Cell) -> Iterator[Doubt]:
