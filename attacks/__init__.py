@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attacks.noise import Noise
     from attacks.pgd import PGD
     from attacks.seeds import SeedBank
+    from attacks.square import Square
     from attacks.suite import Suite
     from attacks.transfer_caa import TransferCAA
     from attacks.veattack import VEAttack
@@ -47,6 +48,7 @@ __all__ = [
     "Noise",
     "Proposal",
     "SeedBank",
+    "Square",
     "Suite",
     "TransferCAA",
     "VEAttack",
@@ -71,6 +73,7 @@ _HOME = {
     "PGD": "pgd",
     "Proposal": "base",
     "SeedBank": "seeds",
+    "Square": "square",
     "Suite": "suite",
     "TransferCAA": "transfer_caa",
     "VEAttack": "veattack",

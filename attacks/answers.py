@@ -7,7 +7,7 @@ asks a view for them, whatever mixture of closed and open questions a batch is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -189,7 +189,15 @@ class AnswerLoss:
     def _compared(self) -> list[_Part]:
         """Margins and ratios of options, samples with as many options together."""
         parts = []
-        for (count, targeted), rows in _grouped(self.batch, self.targets).items():
+        aimed = [target is not None for target in self.targets]
+        every = [
+            (count, targeted, [row for row in rows if aimed[row] == targeted])
+            for count, rows in by_count(self.batch, range(len(aimed))).items()
+            for targeted in (False, True)
+        ]
+        for count, targeted, rows in every:
+            if not rows:
+                continue
             if count < 2:
                 parts.append(self._odds(rows))
                 continue
@@ -271,7 +279,7 @@ def wrong_options(
     Asked on the compressed path where `path` has one. Open questions have none.
     """
     found: list[tuple[str, ...]] = [()] * len(batch.ids)
-    for (count, _), rows in _grouped(batch, (None,) * len(batch.ids)).items():
+    for count, rows in by_count(batch, range(len(batch.ids))).items():
         if count < 2:
             continue
         some = batch.rows(rows)
@@ -316,12 +324,15 @@ def choose_targets(
     return found, (why,) if None in found else ()
 
 
-def _grouped(batch: Batch, targets: Sequence[str | None]) -> dict[tuple[int, bool], list[int]]:
-    """Rows by their number of options (0 for an open question) and whether they have a target."""
-    found: dict[tuple[int, bool], list[int]] = {}
-    for row, target in enumerate(targets):
+def by_count(batch: Batch, rows: Iterable[int]) -> dict[int, list[int]]:
+    """Some rows of a batch by their number of options, 0 for an open question.
+
+    A view scores samples together if they have as many options.
+    """
+    found: dict[int, list[int]] = {}
+    for row in rows:
         count = 0 if batch.options is None else len(batch.options[row])
-        found.setdefault((count, target is not None), []).append(row)
+        found.setdefault(count, []).append(row)
     return found
 
 
