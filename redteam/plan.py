@@ -163,6 +163,7 @@ class _Traits:
     needs: str
     knows_compression: bool
     norm: str
+    steps: int
     gradients: int
     queries: int
 
@@ -178,6 +179,7 @@ def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: 
         needs=instance.needs.value,
         knows_compression=bool(instance.knows_compression),
         norm=budget.norm,
+        steps=budget.steps * budget.restarts,
         gradients=steps * budget.restarts,
         queries=budget.queries,
     )
@@ -266,5 +268,6 @@ def _cell(
         knowledge=traits.needs,
         knows_compression=traits.knows_compression,
         spec=spec,
+        declared={"steps": traits.steps, "queries": traits.queries},
     )
     return PlannedCell(cell, compression, defense)

@@ -22,7 +22,15 @@ from redteam.findings import Findings, annotation_at, shown
 from redteam.gates import resolve_gates
 from redteam.labels import assign_labels
 from redteam.signature import Signature, signature
-from redteam.validation import PIPELINE, EngineOptions, Header, Raw, check_method, check_paths
+from redteam.validation import (
+    PIPELINE,
+    ChecksOptions,
+    EngineOptions,
+    Header,
+    Raw,
+    check_method,
+    check_paths,
+)
 from reports.records import GateSpec
 
 _LISTS: Final[Mapping[str, Kind]] = {
@@ -116,6 +124,7 @@ class Scenario:
         surrogates: models that attacks with knowledge ``surrogate`` work on.
         gates: with `where` resolved to labels.
         engine: how to run it.
+        checks: self-checks that cost something.
         path: of the file.
         text: of the file, with the overrides as comments at its head.
         overrides: ``key=value`` from the command line.
@@ -135,6 +144,7 @@ class Scenario:
     text: str
     overrides: tuple[str, ...] = ()
     surrogates: tuple[Method, ...] = ()
+    checks: ChecksOptions = field(default_factory=ChecksOptions)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides results, as plain JSON data.
@@ -154,6 +164,7 @@ class Scenario:
             "defenses": [_named(method) for method in self.defenses],
             "gates": [gate.model_dump(mode="json", exclude={"line"}) for gate in self.gates],
             **({"surrogates": list(map(_named, self.surrogates))} if self.surrogates else {}),
+            **({"checks": self.checks.model_dump()} if self.checks != ChecksOptions() else {}),
         }
 
     @property
@@ -227,9 +238,18 @@ def load_scenario(name: str | Path, overrides: Sequence[str] = ()) -> Scenario:
         found = Findings(document)
         found.add((), f"{shown(document.data)} is no scenario", allowed="a mapping of keys")
         raise ScenarioError(found.problems)
+    _spell_out(document.data)
     for assignment in overrides:
         override(document, assignment)
     return _check(document, path, tuple(overrides))
+
+
+def _spell_out(data: dict[str, Any]) -> None:
+    """A bare word in a list of methods is its type: ``[noise]`` is ``[{type: noise}]``."""
+    for key in _LISTS:
+        items = data.get(key)
+        if isinstance(items, list):
+            data[key] = [{"type": one} if isinstance(one, str) else one for one in items]
 
 
 def load_limited(name: str | Path, overrides: Sequence[str], limit: int | None) -> Scenario:
@@ -284,6 +304,7 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
         defenses=built["defenses"] or (undefended,),
         gates=tuple(gates),
         engine=header.engine,
+        checks=header.checks,
         path=path,
         text="".join(f"# --set {item}\n" for item in overrides) + document.text,
         overrides=overrides,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from redteam.diagnosis import Places, compare, judge
-from redteam.pictures import distance
+from redteam.pictures import Pixels, distance
 from reports.records import Answers, Cell, Effort, Swap, Tokens, Trial
 
 if TYPE_CHECKING:
@@ -51,6 +53,27 @@ class Swapped:
     """The attacked image with the clean kept set."""
     reproduced: Reply
     """The clean image with the attacked kept set."""
+
+
+def changed(first: Pixels | None, second: Pixels | None) -> str:
+    """The self-check on an attack that was run twice alike; "" if nothing changed.
+
+    Args:
+        first: the image, 8-bit; None if the run ended in an error.
+        second: that of the second run.
+    """
+    if first is None and second is None:
+        return ""
+    what = "one of two equal runs ended in an error"
+    if first is not None and second is not None:
+        levels = np.abs(first.astype(np.int16) - second.astype(np.int16))
+        if not levels.any():
+            return ""
+        what = (
+            "a second run with the same seed in the same batch gave other values in "
+            f"{(levels > 0).mean():.1%} of the picture, by up to {levels.max()} levels"
+        )
+    return f"not-repeatable: {what}. Use deterministic kernels, and draw only from the given seeds."
 
 
 def measured(

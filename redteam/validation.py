@@ -87,6 +87,14 @@ class EngineOptions(BaseModel):
     device: str = "auto"
 
 
+class ChecksOptions(BaseModel):
+    """Self-checks that cost something."""
+
+    model_config = _STRICT
+
+    repeat: Annotated[int, Interval(ge=0, le=64)] = 2
+
+
 class Header(BaseModel):
     """The scenario without the insides of its methods."""
 
@@ -104,6 +112,7 @@ class Header(BaseModel):
     defenses: list[Any] = Field(default_factory=list)
     gates: list[Gate] = Field(default_factory=list)
     engine: EngineOptions = EngineOptions()
+    checks: ChecksOptions = ChecksOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +161,9 @@ def check_method(kind: Kind, raw: object, location: Location, findings: Findings
     """Check one entry of a scenario's list; problems go to `findings`."""
     known = entries(kind)
     if not isinstance(raw, dict):
-        findings.add(location, f"{shown(raw)} is not allowed", allowed="a mapping with a type")
+        findings.add(
+            location, f"{shown(raw)} is not allowed", allowed="a mapping with a type, or a type"
+        )
         return None
     if kind == "compressors" and "stages" in raw and raw.get("type", PIPELINE) == PIPELINE:
         return _pipeline(raw, location, findings)

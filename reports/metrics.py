@@ -193,6 +193,7 @@ def _cell(
         "norm": cell.norm,
         "knowledge": cell.knowledge,
         "knows_compression": cell.knows_compression,
+        "declared": cell.declared,
         "n": done.measured,
         "errors": done.errors,
         "missing": done.missing,

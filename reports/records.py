@@ -209,6 +209,8 @@ class Cell(_Record):
     knows_compression: bool
     spec: dict[str, Any]
     """Resolved options: {"target": {...}, "compression": {...}, "attack": {...}, ...}."""
+    declared: dict[str, int] = Field(default_factory=dict)
+    """What the attack may spend on one sample: steps (gradients, all restarts) and queries."""
 
 
 class GateSpec(_Record):

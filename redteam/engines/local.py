@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method
 from redteam.screening import screen
-from redteam.trials import Attacked, Swapped, measured, unmeasured
+from redteam.trials import Attacked, Swapped, changed, measured, unmeasured
 from reports.records import Effort, Trial
 from reports.store import RunStore
 from targets.base import Batch
@@ -252,9 +252,32 @@ class LocalEngine:
                 found[index] = made
             else:
                 found[index] = _attacked(made, shots[index], store)
+        if block.number == 0:
+            self._repeat(asker, group, shots, found)
         if group.surrogates and len(self._plan.scenario.targets) > 1:
             self._transferred[key] = found  # the same images attack every target
         return found
+
+    def _repeat(
+        self,
+        asker: Asker,
+        group: ImageGroup,
+        shots: Mapping[int, Shot],
+        found: dict[int, Attacked | Failure],
+    ) -> None:
+        """Run the attack twice on the first samples, in equal batches, and note what differs."""
+        chosen = list(good(found))[: self._plan.scenario.checks.repeat]
+        some = {index: shots[index] for index in chosen}
+
+        def run(indices: Sequence[int]) -> list[_Made]:
+            return self._propose(asker, group, [some[index] for index in indices])
+
+        where = f"attack {group.attack.label}, repeated"
+        first, second = asker.each(some, run, where), asker.each(some, run, where)
+        for index in chosen:
+            one, message = found[index], changed(_pixels(first[index]), _pixels(second[index]))
+            if message and isinstance(one, Attacked):
+                found[index] = replace(one, checks=(*one.checks, message))
 
     def _propose(self, asker: Asker, group: ImageGroup, shots: Sequence[Shot]) -> list[_Made]:
         """Run the attack of a group on pictures of one size."""
@@ -410,6 +433,10 @@ def _attacked(made: _Made, clean: Shot, store: RunStore) -> Attacked:
         made_by=made.made_by,
         base=base,
     )
+
+
+def _pixels(made: _Made | Failure) -> Pixels | None:
+    return None if isinstance(made, Failure) else made.pixels
 
 
 def _distinct(methods: Any) -> list[Method]:  # noqa: ANN401 - an iterable of methods

@@ -72,6 +72,32 @@ def test_the_hash_is_of_what_decides_results(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD, "gates.0.max=0.2").hash != first.hash
 
 
+def test_a_bare_word_is_a_type(tmp_path: Path) -> None:
+    bare = GOOD.replace("{type: noise}", "noise").replace("- {type: scenes}", "- scenes")
+    assert load(tmp_path, bare).resolved() == load(tmp_path).resolved()
+    assert load(tmp_path, GOOD.replace("{type: noise}", "suite")).attacks[0].type == "suite"
+    few = load(tmp_path, bare, "attacks.noise.distribution=sign")
+    assert few.attacks[0].options["distribution"] == "sign"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("nois", ":10:5: attacks[0].type: there is no attack 'nois'"), ("7", "7 is not allowed")],
+)
+def test_a_bare_word_that_is_no_type(word: str, message: str, tmp_path: Path) -> None:
+    assert message in str(problems(tmp_path, GOOD.replace("{type: noise}", word)))
+
+
+def test_checks_are_part_of_the_scenario(tmp_path: Path) -> None:
+    first = load(tmp_path)
+    assert first.checks.repeat == 2
+    assert load(tmp_path, GOOD + "checks: {repeat: 2}\n").hash == first.hash
+    off = load(tmp_path, GOOD + "checks: {repeat: 0}\n")
+    assert off.checks.repeat == 0
+    assert off.hash != first.hash, "whether something was looked for decides what is found"
+    assert "checks.repeat: -1 is not allowed" in str(problems(tmp_path, GOOD, "checks.repeat=-1"))
+
+
 def test_a_gate_on_a_type_covers_each_of_its_methods(tmp_path: Path) -> None:
     text = GOOD.replace("where: {attack: caa, epsilon: 4/255}", "where: {compression: fastv}")
     gates = load(tmp_path, text).gates
@@ -101,7 +127,7 @@ BAD = {
     "unknown option": (change("steps: 5", "stepz: 5"), ":11:17: attacks[1].stepz", "'steps'"),
     "unknown attack": (change("type: noise", "type: nois"), ":10:12: ", "did you mean 'noise'"),
     "unknown metric": (change("csfr", "csr"), ":15:14: gates[0].metric", "did you mean 'csfr'"),
-    "no type": (change("{type: noise}", "{}"), "attacks[0].type: is missing", "noise, pgd, caa"),
+    "no type": (change("{type: noise}", "{}"), "attacks[0].type: is missing", "noise, pgd"),
     "retention 1.5": (change("1/4", "1.5"), ":6:40: compressions[0].retention: 1.5", "≤ 1"),
     "retention and keep_tokens": (
         change("keep_tokens: 64", "keep_tokens: 64, retention: 0.5"),
@@ -204,7 +230,7 @@ OVERRIDES = {
     "steps": "is not key=value",
     "attacks.fgsm.steps=3": "has no item 'fgsm'",
     "attacks.caa.steps=3": "'caa' is the type of 2 items",
-    "attacks.0.type=fgsm": "there is no attack 'fgsm'",
+    "attacks.0.type=fgms": "there is no attack 'fgms'; allowed: ",
     "name.x=3": "holds no 'x'",
     "sed=3": "did you mean 'seed'",
     "seed=!!int 3": "tags",
