@@ -101,6 +101,7 @@ class TransferCAA(Attack):
 
     name: ClassVar[str] = "transfer_caa"
     knowledge: ClassVar[Knowledge] = Knowledge.SURROGATE
+    control: ClassVar[tuple[str, ...]] = ("border", "frame")
 
     surrogates: tuple[str, ...] = ()
     questions: Literal["known", "generic"] = "known"

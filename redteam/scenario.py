@@ -119,7 +119,7 @@ class Scenario:
         targets: at least one.
         dataset: what is asked.
         compressions: at least one.
-        attacks: at least one, each with its epsilons.
+        attacks: at least one, each with its epsilons; last the controls that were missing.
         defenses: at least one; `none` if the file names none.
         surrogates: models that attacks with knowledge ``surrogate`` work on.
         gates: with `where` resolved to labels.
@@ -271,6 +271,8 @@ def load_limited(name: str | Path, overrides: Sequence[str], limit: int | None) 
 
 
 def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenario:
+    from redteam.controls import controls
+
     findings = Findings(document)
     header: Header | None = None
     try:
@@ -289,6 +291,7 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
         )
     if header is not None:
         _check_epsilons(built["attacks"], default, methods["attacks"], findings)
+        built["attacks"] += controls(built["attacks"])
     gates = resolve_gates(header.gates, built, findings) if header and not findings.problems else []
     if findings.problems or header is None or dataset is None:
         raise ScenarioError(findings.in_order())
