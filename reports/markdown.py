@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reports import transfer
 from reports.findings import Findings
 from reports.reading import DIAGNOSIS, HOW_TO_READ, statements
 from reports.records import Manifest, Trial
+from reports.registry import METRICS
 from reports.terminal import notes, table
 from reports.text import count, interval, plain
 
@@ -46,6 +48,7 @@ def render_markdown(manifest: Manifest, summary: Mapping[str, Any], found: Findi
         _gates(summary["gates"]),
         _bullets("What stands out", [escape(one, 2_000) for one in statements(summary)]),
         _cells(summary),
+        _transfer(summary.get("transfer")),
         _findings(found),
         _bullets("Before you trust it", [escape(one, 2_000) for one in notes(summary)]),
         _bullets("How to read it", HOW_TO_READ),
@@ -86,6 +89,37 @@ def _cells(summary: Mapping[str, Any]) -> str:
     )
 
 
+def _transfer(matrix: Mapping[str, Any] | None) -> str:
+    """Source × target matrices, the noise control beside each value."""
+    if matrix is None:
+        return ""
+    parts = ["### Transfer"]
+    for table_ in matrix["tables"]:
+        parts += [_prose(transfer.title(table_)), _prose(transfer.sentence(table_))]
+        rows = [
+            (
+                escape(f"{row['attack']}, made on {row['made_on']}"),
+                METRICS[name].title,
+                *(_pair(row["cells"].get(target), name) for target in matrix["targets"]),
+            )
+            for row in table_["rows"]
+            for name in matrix["metrics"]
+        ]
+        heads = ("attack", "metric", *(escape(target) for target in matrix["targets"]))
+        parts += [_table(heads, rows), _bullets_only(transfer.verdicts(table_))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _pair(one: Mapping[str, Any] | None, name: str) -> str:
+    """A value and that of its control."""
+    if one is None:
+        return "not tried"
+    shown = interval(one["metrics"][name], 2)
+    if one["control"] is not None:
+        shown += f" (noise {interval(one['control']['metrics'][name], 2)})"
+    return escape(shown + (", target among its surrogates" if one["own"] else ""))
+
+
 def _findings(found: Findings) -> str:
     if not found.total:
         return "### Findings\n\nNo compression-specific failure."
@@ -115,6 +149,10 @@ def _finding(trial: Trial) -> tuple[str, ...]:
 
 def _bullets(title: str, lines: Sequence[str]) -> str:
     return f"### {title}\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _bullets_only(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {_prose(line)}" for line in lines)
 
 
 def _table(

@@ -17,6 +17,8 @@ from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
 from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Effort, GateSpec, Manifest, Trial
 from reports.registry import METRICS, Metric
 from reports.statistics import Estimate, mcnemar_exact
+from reports.transfer import transfer
+from reports.survival import minimal_epsilon
 
 __all__ = ["METRICS", "Metric", "Row", "measure", "row_of", "summarise"]
 
@@ -70,7 +72,7 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
         errors=sum(p.errors for p in progress.values()),
     )
     conclusion = conclude(gates, whole)
-    return {
+    summary = {
         "schema": SCHEMA_VERSION,
         "name": manifest.name,
         "scenario_hash": manifest.scenario_hash,
@@ -88,12 +90,15 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
             {
                 **_cell(manifest, cell, rows[cell.id], of(cell, CONFIDENCE), progress[cell.id]),
                 **effort.get(cell.id, {}),
+                **minimal_epsilon(cell, rows[cell.id]),
                 "checks": [{"code": one.code, "message": one.message} for one in doubts[cell.id]],
             }
             for cell in manifest.cells
         ],
         "timings": timings,
     }
+    matrix = transfer(manifest.cells, summary["cells"])
+    return summary if matrix is None else {**summary, "transfer": matrix}
 
 
 def _doubts(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Doubt]]:

@@ -60,6 +60,9 @@ KNOWLEDGE = {
 }
 """Title and meaning of each level of knowledge."""
 
+NORMS = {"linf": "ℓ∞", "l2": "ℓ2"}
+"""How norms are written."""
+
 HOW_TO_READ = (
     "Every sample is answered four times from saved 8-bit images: clean and attacked, with all "
     "visual tokens and with compression.",
@@ -80,8 +83,31 @@ def compression_known(knowledge: str, depends: bool) -> str:
         depends: whether its images depend on the compressor.
     """
     if knowledge in ("query", "scores"):
-        return "unknown; asks the model that has it"
+        return "unknown, asked through"
+    if knowledge == "surrogate":
+        return "unknown"
     return "knows it" if depends else "does not know it"
+
+
+def minimal_text(found: Mapping[str, Any], epsilon: float) -> str:
+    """What a search for minimal epsilons found, in one sentence.
+
+    Args:
+        found: ``minimal_epsilon`` of a cell.
+        epsilon: budget of the cell, where the search ends.
+    """
+    ends = [
+        "beyond the budget" if found[key] is None else epsilon_text(found[key])
+        for key in ("median", "low", "high")
+    ]
+    if found["low"] is None:
+        ends[1:] = []
+    interval = f" (95 % interval {ends[1]} to {ends[2]})" if ends[1:] else ""
+    return (
+        f"Half of {count(found['n'], 'sample')} break at {ends[0]}{interval}; "
+        f"{found['held']:,} hold at {epsilon_text(epsilon)}, the end of the search, and count as "
+        "larger."
+    )
 
 
 def cell_name(cell: Cell) -> str:
@@ -99,7 +125,17 @@ def statements(summary: Mapping[str, Any]) -> list[str]:
     worst = {key: max(cells, key=_severity) for key, cells in groups.items()}
     ordered = sorted(groups, key=lambda key: -_severity(worst[key])[0])
     several = len({target for target, _ in groups}) > 1
-    return [_statement(key, worst[key], groups[key], several) for key in ordered]
+    said = [_statement(key, worst[key], groups[key], several) for key in ordered]
+    return said + [
+        f"{_where(cell['target'], cell['compression'], several)}, {plain(cell['attack'])}: "
+        f"{minimal_text(cell['minimal_epsilon'], cell['epsilon'])}"
+        for cell in summary["cells"]
+        if cell.get("minimal_epsilon", {}).get("n")
+    ]
+
+
+def _where(target: str, compression: str, several: bool) -> str:
+    return f"{plain(compression)} on {plain(target)}" if several else plain(compression)
 
 
 def _severity(cell: Cell) -> tuple[float, float]:
@@ -109,7 +145,7 @@ def _severity(cell: Cell) -> tuple[float, float]:
 
 def _statement(key: tuple[str, str], worst: Cell, cells: Sequence[Cell], several: bool) -> str:
     csfr, upr = worst["metrics"]["csfr"], worst["metrics"]["upr"]
-    where = f"{plain(key[1])} on {plain(key[0])}" if several else plain(key[1])
+    where = _where(*key, several)
     if not worst["failures"]:
         return (
             f"{where}: no attack broke a sample only when compressed; the rate may still be up to "

@@ -40,20 +40,31 @@ def table(summary: Mapping[str, Any]) -> Table:
         ("CSG", True, [interval(cell["metrics"]["csg"], 2) for cell in cells]),
         ("CSFR", True, [interval(cell["metrics"]["csfr"], 2) for cell in cells]),
         ("diagnosis", False, [diagnosis_text(cell) for cell in cells]),
+        ("median ε", True, [_median(cell) for cell in cells]),
     ]
-    optional = {"target", "defense", "errors"}
+    optional = {"target", "defense", "errors", "median ε"}
     shown = [
         column
         for column in columns
         if column[0] not in optional
         or len(set(column[2])) > 1
-        or (column[0] == "errors" and any(cell["errors"] for cell in cells))
+        or (column[0] in ("errors", "median ε") and set(column[2]) - {"0", "—"})
     ]
     return Table(
         columns=tuple(heading for heading, _, _ in shown),
         numeric=tuple(numeric for _, numeric, _ in shown),
         rows=tuple(zip(*(values for _, _, values in shown), strict=True)),
     )
+
+
+def _median(cell: Mapping[str, Any]) -> str:
+    """Median of the minimal epsilons, where they were searched."""
+    found = cell.get("minimal_epsilon")
+    if not found or not found["n"]:
+        return "—"
+    if found["median"] is None:
+        return f"> {epsilon_text(cell['epsilon'])}"
+    return epsilon_text(found["median"])
 
 
 def _accuracies(cell: Mapping[str, Any], path: str) -> str:

@@ -35,9 +35,12 @@ def _visible(character: str) -> str:
 
 
 def epsilon_text(epsilon: float) -> str:
-    """Write a budget as people do: ``8/255`` where it is a whole number of grey levels."""
+    """Write a budget as people do: ``8/255`` where it is a whole number of grey levels.
+
+    A radius above 1 is an l2 norm and no number of levels.
+    """
     levels = epsilon * 255
-    if abs(levels - round(levels)) < 1e-6:
+    if epsilon <= 1 and abs(levels - round(levels)) < 1e-3:  # six decimals are written
         return f"{round(levels)}/255"
     return f"{epsilon:.4g}"
 

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from reports.html import svg
-from reports.reading import cell_name
+from reports.reading import NORMS, cell_name, minimal_text
 from reports.text import epsilon_text, interval, plain
 
 Cell = Mapping[str, Any]
@@ -37,9 +37,9 @@ class Curves:
     """A chart against the budget.
 
     Attributes:
-        title: target and compression.
+        title: target and compression, with the part where there are several.
         drawing: the chart.
-        legend: class of each series and its name.
+        legend: classes of each series and its name.
         description: the same numbers in words, for who does not see the chart.
     """
 
@@ -61,10 +61,38 @@ def grouped(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     return list(groups.items())
 
 
-def series_of(cells: Sequence[Cell]) -> dict[tuple[str, str], int]:
-    """A number for each attack and defence, which decides colour everywhere in the report."""
-    names = dict.fromkeys((cell["attack"], cell["defense"]) for cell in cells)
-    return {name: index for index, name in enumerate(names)}
+_COLOURS = 5
+"""Attacks in one chart; the sixth colour, grey, is for controls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """How an attack (with a defence) is drawn everywhere in the report.
+
+    Attributes:
+        kind: classes of its lines and dots.
+        panel: of the charts that cannot hold all attacks; None for controls, which are in each.
+    """
+
+    kind: str
+    panel: int | None
+
+
+def series_of(cells: Sequence[Cell]) -> dict[tuple[str, str], Series]:
+    """Colour and panel of each attack and defence, in the order of the cells."""
+    found: dict[tuple[str, str], Series] = {}
+    controls = attacks = 0
+    for cell in cells:
+        name = (cell["attack"], cell["defense"])
+        if name in found:
+            continue
+        if cell["knowledge"] == "none":
+            found[name] = Series(f"s0 dash{controls % 3}", None)
+            controls += 1
+        else:
+            found[name] = Series(f"s{1 + attacks % _COLOURS}", attacks // _COLOURS)
+            attacks += 1
+    return found
 
 
 def gap_chart(cells: Sequence[Cell]) -> tuple[list[ChartGroup], Markup]:
@@ -83,10 +111,10 @@ def gap_chart(cells: Sequence[Cell]) -> tuple[list[ChartGroup], Markup]:
     return groups, svg.axis(scale)
 
 
-def _gap_row(cell: Cell, scale: svg.Scale, series: Mapping[tuple[str, str], int]) -> ChartRow:
+def _gap_row(cell: Cell, scale: svg.Scale, series: Mapping[tuple[str, str], Series]) -> ChartRow:
     csg = cell["metrics"]["csg"]
     words = interval(csg, 2)
-    kind = f"s{series[cell['attack'], cell['defense']] % 6}"
+    kind = series[cell["attack"], cell["defense"]].kind
     drawing = svg.interval_row(
         scale,
         csg["value"],
@@ -129,38 +157,88 @@ def _accuracy_row(cell: Cell) -> ChartRow:
 
 
 def budget_charts(cells: Sequence[Cell]) -> list[Curves]:
-    """CSFR against the budget, one chart per compression, where there are several budgets."""
+    """CSFR against the budget for each target, compression and norm with several budgets.
+
+    Where there are more attacks than colours there are several charts, the controls in each.
+    """
     series = series_of(cells)
     charts = []
     for title, members in grouped(cells):
         measured = [cell for cell in members if cell["metrics"]["csfr"]["value"] is not None]
-        budgets = sorted({cell["epsilon"] for cell in measured})
-        if len(budgets) > 1:
-            charts.append(_curves(title, measured, budgets, series))
+        norms = list(dict.fromkeys(cell["norm"] for cell in measured))
+        for norm in norms:
+            same = [cell for cell in measured if cell["norm"] == norm]
+            panels = _panels(same, series)
+            for index, panel in enumerate(panels, 1):
+                part = f" ({index} of {len(panels)})" if len(panels) > 1 else ""
+                name = f"{title}, {NORMS.get(norm, plain(norm))}" if len(norms) > 1 else title
+                if len({cell["epsilon"] for cell in panel}) > 1:
+                    charts.append(_curves(f"{name}{part}", panel, series))
     return charts
 
 
-def _curves(
-    title: str,
-    cells: Sequence[Cell],
-    budgets: Sequence[float],
-    series: Mapping[tuple[str, str], int],
-) -> Curves:
+def _panels(cells: Sequence[Cell], series: Mapping[tuple[str, str], Series]) -> list[list[Cell]]:
+    """Cells of each chart, those of controls in all."""
+    panel = {name: one.panel for name, one in series.items()}
+    numbers = dict.fromkeys(panel[cell["attack"], cell["defense"]] for cell in cells)
+    wanted: list[int | None] = [number for number in numbers if number is not None]
+    return [
+        [cell for cell in cells if panel[cell["attack"], cell["defense"]] in (None, number)]
+        for number in wanted or [None]
+    ]
+
+
+def _curves(title: str, cells: Sequence[Cell], series: Mapping[tuple[str, str], Series]) -> Curves:
+    budgets = sorted({cell["epsilon"] for cell in cells})
     place = {epsilon: i / (len(budgets) - 1) for i, epsilon in enumerate(budgets)}
-    lines: dict[int, list[svg.Point]] = {}
-    legend: dict[str, str] = {}
+    lines: dict[tuple[str, str], list[svg.Point]] = {
+        name: [] for name in series if any(name == (c["attack"], c["defense"]) for c in cells)
+    }
     said = []
     for cell in sorted(cells, key=lambda one: one["epsilon"]):
-        csfr, name = cell["metrics"]["csfr"], (cell["attack"], cell["defense"])
+        csfr = cell["metrics"]["csfr"]
         point = svg.Point(place[cell["epsilon"]], csfr["value"], csfr["low"], csfr["high"])
-        lines.setdefault(series[name], []).append(point)
-        defense = "" if name[1] in ("", "none") else f" against {plain(name[1])}"
-        legend[f"s{series[name] % 6}"] = f"{plain(name[0])}{defense}"
+        lines[cell["attack"], cell["defense"]].append(point)
         said.append(f"{cell_name(cell)}: {interval(csfr, 2)}")
     ticks = [(place[epsilon], epsilon_text(epsilon)) for epsilon in budgets]
     return Curves(
         title=title,
-        drawing=svg.curves(dict(sorted(lines.items())), ticks),
-        legend=tuple(sorted(legend.items())),
+        drawing=svg.curves([(series[name].kind, line) for name, line in lines.items()], ticks),
+        legend=tuple((series[name].kind, _against(*name)) for name in lines),
         description="; ".join(said),
+    )
+
+
+def _against(attack: str, defense: str) -> str:
+    return plain(attack) + ("" if defense in ("", "none") else f" against {plain(defense)}")
+
+
+def survival_charts(cells: Sequence[Cell]) -> list[Curves]:
+    """Of each search for minimal epsilons, the share of samples that hold against the budget."""
+    several = len({cell["target"] for cell in cells}) > 1
+    return [
+        _survival(cell, f"{plain(cell['target'])} · " if several else "")
+        for cell in cells
+        if cell.get("minimal_epsilon", {}).get("n")
+    ]
+
+
+def _survival(cell: Cell, target: str) -> Curves:
+    found, top = cell["minimal_epsilon"], cell["epsilon"]
+    steps = [svg.Point(0, 1, 1, 1)]
+    for one in found["curve"]:
+        x, share = one["epsilon"] / top, one["holding"]
+        before = steps[-1]
+        steps.append(svg.Point(x, before.value, before.low, before.high))
+        steps.append(svg.Point(x, share["value"], share["low"], share["high"]))
+    steps.append(svg.Point(1, steps[-1].value, steps[-1].low, steps[-1].high))
+    levels = round(top * 255)
+    ticks = [(i / 4, epsilon_text(top * i / 4) if levels % 4 == 0 else f"{i / 4:g} ε")
+             for i in (0, 1, 2, 3, 4)]  # fmt: skip
+    words = minimal_text(found, top)
+    return Curves(
+        title=f"{target}{plain(cell['compression'])} · {cell_name(cell)}",
+        drawing=svg.curves([("s1", steps)], ticks, knots=False),
+        legend=(("s1", words),),
+        description=words,
     )

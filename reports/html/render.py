@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import taxonomy, text
+from reports import taxonomy, text, transfer
 from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
 from reports.html import charts, svg
@@ -22,6 +22,7 @@ from reports.reading import (
     DIAGNOSIS,
     HOW_TO_READ,
     KNOWLEDGE,
+    NORMS,
     compression_known,
     statements,
 )
@@ -83,6 +84,7 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         gap=charts.gap_chart(cells),
         accuracy=charts.accuracy_chart(cells),
         budgets=charts.budget_charts(cells),
+        survival=charts.survival_charts(cells),
         groups=charts.grouped(cells),
         several_targets=len({cell["target"] for cell in cells}) > 1,
         tested=list(_tested(manifest)),
@@ -98,6 +100,8 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         how_to_read=HOW_TO_READ,
         diagnoses=DIAGNOSIS,
         metrics=METRICS,
+        matrix=summary.get("transfer"),
+        transfer=transfer,
         rates=RATES,
         ranking=RANKING,
         draws=DRAWS,
@@ -128,6 +132,7 @@ def environment() -> Environment:
         count=text.count,
         diagnosis=diagnosis_text,
         block=_block,
+        warmth=_warmth,
     )
     return environment
 
@@ -137,6 +142,14 @@ def _shown(value: object) -> object:
     if isinstance(value, str) and not isinstance(value, Markup):
         return text.plain(value)
     return value
+
+
+def _warmth(estimate: Mapping[str, Any], better: str) -> str:
+    """Class of a cell of a heat map: w0 (harmless) to w9; none where higher is not worse."""
+    value = estimate["value"]
+    if value is None or better != "lower":
+        return ""
+    return f"w{round(9 * min(1.0, max(0.0, value)))}"
 
 
 def _block(value: str) -> Markup:
@@ -193,13 +206,24 @@ def _threats(manifest: Manifest) -> list[dict[str, str]]:
             "knowledge": KNOWLEDGE.get(cells[0].knowledge, (cells[0].knowledge, ""))[0],
             "meaning": KNOWLEDGE.get(cells[0].knowledge, ("", "unknown to this version"))[1],
             "compression": compression_known(cells[0].knowledge, cells[0].knows_compression),
-            "norm": {"linf": "ℓ∞", "l2": "ℓ2"}.get(cells[0].norm, cells[0].norm),
+            "norm": NORMS.get(cells[0].norm, cells[0].norm),
+            "declared": " or ".join(dict.fromkeys(_declared(cell) for cell in cells)),
             "budgets": ", ".join(
                 text.epsilon_text(epsilon) for epsilon in sorted({cell.epsilon for cell in cells})
             ),
         }
         for attack, cells in by_attack.items()
     ]
+
+
+def _declared(cell: Cell) -> str:
+    """What an attack says it may spend on one sample."""
+    if not cell.declared:
+        return "not recorded"
+    steps, queries = cell.declared.get("steps", 0), cell.declared.get("queries", 0)
+    words = [text.count(steps, "gradient step") if steps else ""]
+    words.append(text.count(queries, "query", "queries") if queries else "")
+    return ", ".join(filter(None, words)) or "nothing"
 
 
 def _view(store: RunStore, trial: Trial, index: int) -> FindingView:

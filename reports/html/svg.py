@@ -6,7 +6,7 @@ the page while its text keeps its size. Colours come from classes in report.css.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -137,12 +137,18 @@ class Point:
     high: float
 
 
-def curves(series: Mapping[int, Sequence[Point]], ticks: Sequence[tuple[float, str]]) -> Markup:
-    """Curves with bands over a common axis; series i has class ``s{i % 6}``.
+def curves(
+    series: Sequence[tuple[str, Sequence[Point]]],
+    ticks: Sequence[tuple[float, str]],
+    *,
+    knots: bool = True,
+) -> Markup:
+    """Curves with bands over a common axis.
 
     Args:
-        series: points of each curve, left to right, by number of the series.
+        series: classes of each curve and its points, left to right.
         ticks: positions in [0, 1] and their labels.
+        knots: mark the points.
     """
     height, top, bottom = 170, 8, 150
     span = bottom - top
@@ -160,9 +166,9 @@ def curves(series: Mapping[int, Sequence[Point]], ticks: Sequence[tuple[float, s
     for x, label in ticks:
         anchor = "start" if x < 0.05 else "end" if x > 0.95 else "middle"
         parts.append(tag("text", label, x=f"{_inset(x)}%", y=height - 4, text_anchor=anchor))
-    for index, points in series.items():
-        parts.append(_band(points, index, y, height))
-        parts += _line(points, index, y)
+    for kind, points in series:
+        parts.append(_band(points, kind, y, height))
+        parts += _line(points, kind, y, knots)
     return tag("svg", Markup().join(parts), class_="curves", width="100%", height=height,
                aria_hidden="true")  # fmt: skip
 
@@ -172,18 +178,17 @@ def _inset(x: float) -> float:
     return round(9 + 88 * x, 3)
 
 
-def _band(points: Sequence[Point], index: int, y: _Vertical, height: int) -> Markup:
+def _band(points: Sequence[Point], kind: str, y: _Vertical, height: int) -> Markup:
     upper = [f"{_inset(p.x)},{y(p.high)}" for p in points]
     lower = [f"{_inset(p.x)},{y(p.low)}" for p in reversed(points)]
     area = tag("polygon", points=" ".join(upper + lower))
     return tag(
         "svg", area, viewBox=f"0 0 100 {height}", preserveAspectRatio="none", width="100%",
-        height=height, class_=f"band s{index % 6}",
+        height=height, class_=f"band {kind}",
     )  # fmt: skip
 
 
-def _line(points: Sequence[Point], index: int, y: _Vertical) -> list[Markup]:
-    kind = f"s{index % 6}"
+def _line(points: Sequence[Point], kind: str, y: _Vertical, knots: bool) -> list[Markup]:
     parts = [
         tag(
             "line", x1=f"{_inset(a.x)}%", y1=y(a.value), x2=f"{_inset(b.x)}%", y2=y(b.value),
@@ -194,6 +199,7 @@ def _line(points: Sequence[Point], index: int, y: _Vertical) -> list[Markup]:
     return parts + [
         tag("circle", cx=f"{_inset(p.x)}%", cy=y(p.value), r=4, class_=f"knot {kind}")
         for p in points
+        if knots
     ]
 
 

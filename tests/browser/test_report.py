@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import judged_run
 import pytest
 from measured import measurement, setting
 from synthetic_run import build
@@ -96,6 +97,23 @@ def test_it_prints(report: Path, tmp_path: Path) -> None:
     target = tmp_path / "report.pdf"
     chromium(report, tmp_path / "profile", f"--print-to-pdf={target}")
     assert target.read_bytes().startswith(b"%PDF-")
+
+
+def test_self_checks_suites_and_minimal_epsilons(tmp_path: Path) -> None:
+    """Curves in two panels, a step curve, the table of checks: silent, styled, fit for a phone."""
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    page = build_reports(judged_run.build(tmp_path / "run")).report
+    assert console(page, tmp_path / "profile") == []
+    assert probe(page, tmp_path, 380, "d.documentElement.scrollWidth <= 380") == "true"
+    assert probe(page, tmp_path, 900, "d.querySelectorAll('svg.curves').length") == "3"
+    dashed = "w.getComputedStyle(d.querySelector('.curve.dash0')).strokeDasharray"
+    assert probe(page, tmp_path, 900, dashed) == "none"
+    colours = (
+        "new Set([...d.querySelectorAll('svg.curves')[0].querySelectorAll('.curve')]"
+        ".map(one => w.getComputedStyle(one).stroke)).size"
+    )
+    assert probe(page, tmp_path, 900, colours) == "6", "five attacks and the control"
 
 
 def test_the_page_of_a_measurement(tmp_path: Path) -> None:
