@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attacks.apgd import APGD
+    from attacks.art_library import ArtAttack
     from attacks.attention_only import AttentionOnly
     from attacks.base import Attack, AttackResult, Proposal
     from attacks.budget import Budget
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from attacks.seeds import SeedBank
     from attacks.square import Square
     from attacks.suite import Suite
+    from attacks.token_count import TokenCount
+    from attacks.torchattacks_library import TorchAttack
     from attacks.transfer_caa import TransferCAA
+    from attacks.v_attack import VAttack
     from attacks.veattack import VEAttack
+    from attacks.verbose import Verbose
 
 __all__ = [
     "APGD",
@@ -38,6 +43,7 @@ __all__ = [
     "FATA",
     "FGSM",
     "PGD",
+    "ArtAttack",
     "Attack",
     "AttackError",
     "AttackResult",
@@ -50,13 +56,18 @@ __all__ = [
     "SeedBank",
     "Square",
     "Suite",
+    "TokenCount",
+    "TorchAttack",
     "TransferCAA",
+    "VAttack",
     "VEAttack",
+    "Verbose",
     "descend",
 ]
 
 _HOME = {
     "APGD": "apgd",
+    "ArtAttack": "art_library",
     "Attack": "base",
     "AttackError": "errors",
     "AttackResult": "base",
@@ -75,8 +86,12 @@ _HOME = {
     "SeedBank": "seeds",
     "Square": "square",
     "Suite": "suite",
+    "TokenCount": "token_count",
+    "TorchAttack": "torchattacks_library",
     "TransferCAA": "transfer_caa",
+    "VAttack": "v_attack",
     "VEAttack": "veattack",
+    "Verbose": "verbose",
     "descend": "descent",
 }
 

@@ -73,6 +73,9 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "veattack": "attacks.veattack:VEAttack",
         "suite": "attacks.suite:Suite",
         "minimal": "attacks.minimal:Minimal",
+        "v_attack": "attacks.v_attack:VAttack",
+        "verbose": "attacks.verbose:Verbose",
+        "token_count": "attacks.token_count:TokenCount",
     },
     "defenses": {
         "none": "redteam.loaders:Undefended",

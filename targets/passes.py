@@ -8,11 +8,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from targets.base import Continuation, Generation, Ranking, TowerLayer, VisionOutput
+from targets.base import (
+    Continuation,
+    Generation,
+    PathMargins,
+    Ranking,
+    TowerLayer,
+    VisionOutput,
+)
 from targets.compression.base import Compressor, Stage
 from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
@@ -89,9 +97,7 @@ class Passes:
         by = self._tower_numbers([keys])[0]
         vision = self._tower(images, [*wanted, by] if smoothing else wanted)
         norm = self.family.final_norm() if normalised else None
-        return tuple(
-            vision.values(number, norm, smoothing=smoothing, keys=by) for number in wanted
-        )
+        return tuple(vision.values(number, norm, smoothing=smoothing, keys=by) for number in wanted)
 
     def _tower(self, images: Tensor, layers: Sequence[int]) -> VisionPass:
         """The tower, run as far as these layers go."""
@@ -220,6 +226,35 @@ class Passes:
         with session:
             hidden = self._run(talk, inputs)
         return self._logprobs(hidden, talk), talk, session.trace.ranking()
+
+    def path_margins(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        compressor: Compressor,
+    ) -> PathMargins:
+        """Margins with all tokens and compressed; see `targets.base.WhiteBoxView`.
+
+        The paths share the vision tower, unless the compressor changes what it sees or does.
+        """
+        _one_each(images, questions)
+        if any(one.stage in (Stage.PIXELS, Stage.TOWER) for one in parts_of(compressor)):
+            full = answer_margin(*self.answer_logprobs(images, questions, answers))
+            through = self.answer_logprobs(images, questions, answers, compressor, relax=RELAX)
+            return PathMargins(full, answer_margin(*through))
+        inputs, layout, size = self.inputs(images)
+        talk = self.prompts.dialogue(questions, answers, layout, size)
+
+        def run(encoded: Any) -> Tensor:  # noqa: ANN401 - of transformers
+            steps = talk.targets.shape[1] - 1
+            hidden = self.family.run(talk.ids, talk.mask, encoded, inputs, steps)
+            return answer_margin(self._logprobs(hidden, talk), talk)
+
+        with self._session(compressor, "hard", None, talk, RELAX):
+            encoded = self.family.encoded(inputs)
+            compressed = run(encoded)
+        return PathMargins(run(encoded), compressed)
 
     def option_scores(
         self,
@@ -400,6 +435,19 @@ def _inside(session: CompressionSession | None, run: Callable[[], Tensor]) -> Te
         return run()
     with session:
         return run()
+
+
+def answer_margin(logprobs: Tensor, talk: Dialogue) -> Tensor:
+    """Smallest lead of an answer's tokens over the likeliest other token, ``[B]``.
+
+    Args:
+        logprobs: ``[B, A, vocabulary]``.
+        talk: the answers.
+    """
+    targets = talk.targets[..., None]
+    others = logprobs.scatter(2, targets, -torch.inf).amax(2)
+    lead = logprobs.gather(2, targets).squeeze(2) - others
+    return lead.masked_fill(~talk.real, torch.inf).amin(1)
 
 
 def _of_targets(logprobs: Tensor, talk: Dialogue) -> Tensor:

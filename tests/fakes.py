@@ -20,6 +20,7 @@ from targets.base import (
     Generation,
     Knowledge,
     Path,
+    PathMargins,
     Ranking,
     Surrogate,
     TowerLayer,
@@ -65,7 +66,8 @@ class FakeView:
     """WhiteBoxView of the fake target, or less: methods above `knowledge` raise.
 
     A question that contains "nan" makes every loss of that sample NaN; one that contains "dead"
-    makes its gradient zero.
+    makes its gradient zero. Unless `adaptive`, the number of kept tokens does not depend on the
+    picture.
     """
 
     knowledge: Knowledge = Knowledge.WHITE_BOX
@@ -76,6 +78,7 @@ class FakeView:
     attention: bool = True
     seed: int = 1
     sharpness: float = 4.0
+    adaptive: bool = True
     calls: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -222,6 +225,24 @@ class FakeView:
         logprobs, mask = self._answer(images, questions, "full", False)
         return logprobs, mask, self._rank(images, questions)
 
+    def path_margins(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        answers: tuple[str, ...],
+        *,
+        under: Any = None,
+    ) -> PathMargins:
+        del under
+        self._enter("path_margins", Knowledge.WHITE_BOX)
+        wanted = torch.tensor([[len(answer) % VOCABULARY] for answer in answers])
+        margins = []
+        for path, through in (("full", False), ("compressed", True)):
+            logprobs = self._answer(images, questions, path, through)[0][:, 0]  # type: ignore[arg-type]
+            others = logprobs.scatter(1, wanted, -torch.inf).amax(1)
+            margins.append(logprobs.gather(1, wanted)[:, 0] - others)
+        return PathMargins(*margins)
+
     def option_logprobs(
         self,
         images: Tensor,
@@ -273,14 +294,22 @@ class FakeView:
             score = features.norm(dim=-1)
             centred = score - score.mean(1, keepdim=True)
             standard = centred / score.std(1, keepdim=True)
-            return Ranking(score, standard, None, None, features, self._keep(score))
+            kept, soft = self._keep(score), self._soft(standard)
+            return Ranking(score, standard, None, None, features, kept, soft)
         shape = (len(images), -1, self.heads, self.width)
         keys = torch.stack([f @ self.to_key for f in features]).view(shape).transpose(1, 2)
         query = torch.stack([text_vector(q, self.heads * self.width) for q in questions])
         query = query.view(-1, self.heads, self.width)
         weights = (keys * query[:, :, None]).sum(-1) * self.sharpness / self.width
         score = weights.softmax(-1).mean(1)
-        return Ranking(score, (score + 1e-12).log(), query, keys, features, self._keep(score))
+        log_score, kept = (score + 1e-12).log(), self._keep(score)
+        return Ranking(score, log_score, query, keys, features, kept, self._soft(log_score))
+
+    def _soft(self, log_score: Tensor) -> Tensor | None:
+        """Tokens above the mean, relaxed; what is really kept is `keep`, for simplicity."""
+        if not self.adaptive:
+            return None
+        return torch.sigmoid((log_score - log_score.mean(1, keepdim=True)) / 0.5).sum(1)
 
     def _keep(self, score: Tensor) -> Tensor:
         order = score.argsort(dim=1, descending=True, stable=True)
@@ -301,7 +330,9 @@ class FakeView:
             hidden = torch.stack([torch.tanh(row @ self.blocks[step % DEPTH]) for row in hidden])
             states.append(hidden)
         shown = torch.stack(states, 1)
-        logits = torch.stack([row @ self.head for row in shown])
+        # It likes to end, so that there is something to prolong.
+        likes = 3.0 * torch.nn.functional.one_hot(torch.tensor(END), VOCABULARY)
+        logits = torch.stack([row @ self.head for row in shown]) + likes
         return logits.log_softmax(-1), shown
 
     def _answer(

@@ -394,6 +394,22 @@ class Compressor(ABC):
         del cut, layers
         return self.budget(tokens)
 
+    @property
+    def count_varies(self) -> bool:
+        """Whether how many tokens are kept depends on what the picture shows.
+
+        Its size, and how a fixed budget is shared out, do not count.
+        """
+        return False
+
+    def soft_count(self, scores: Scores, seen: Seen) -> Tensor | None:
+        """Differentiable relaxation of how many tokens are kept, ``[I]``; None if that is fixed.
+
+        It has not to be as large as the number itself, but to rise and fall with it.
+        """
+        del scores, seen
+        return None
+
     @abstractmethod
     def score(self, seen: Seen) -> Scores:
         """Rank the visual tokens, differentiably where the method allows it."""

@@ -66,6 +66,11 @@ class Pipeline(Compressor):
         """If any part does."""
         return any(one.merges for one in self.stages)
 
+    @property
+    def count_varies(self) -> bool:
+        """If any part's does."""
+        return any(one.count_varies for one in self.stages)
+
     def tower_layers(self, layers: int, feature_layer: int) -> tuple[int, ...]:
         """Of all parts."""
         found = {n for one in self.stages for n in one.tower_layers(layers, feature_layer)}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from targets.compression.base import Compressor, Merged, Scores, Seen, Selection, Stage
 from targets.compression.scoring import (
+    TINY,
     gather_rows,
     log_probability,
     order_of,
@@ -21,6 +22,11 @@ from targets.compression.tiles import Tiles
 from targets.compression.tower import at_places, tower_depth, tower_of
 from targets.compression.uniform import evenly_spaced
 from targets.families.vision import LayerPass
+
+_SPREAD = 3
+"""Evenly spaced tokens for each outlier, with `plus`."""
+_WIDTH = 0.5
+"""Of the sigmoid in the relaxed count, in units of the log-score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,11 @@ class PruMerge(Compressor):
     def adaptive(self) -> bool:
         """Whether the image itself says how many tokens are kept."""
         return self.retention is None and self.keep_tokens is None
+
+    @property
+    def count_varies(self) -> bool:
+        """Without a budget."""
+        return self.adaptive
 
     @property
     def stage(self) -> Stage:
@@ -171,17 +182,30 @@ class PruMerge(Compressor):
             return tiles.present.sum(1) > 1
         return (tiles.share(seen.counts) > 1) & ~self._whole(tiles, seen)
 
+    def soft_count(self, scores: Scores, seen: Seen) -> Tensor | None:
+        """Outliers by a sigmoid of the log-score above its bar, ``[I]``; four times with `plus`.
+
+        The bar Q3 + 1.5 (Q3 − Q1) is live: who flattens the middle of the scores lowers it.
+        """
+        if not self.adaptive:
+            return None
+        tiles = Tiles.of(seen.lattice, seen.valid)
+        score = tiles.split(scores.score).double()
+        above = (score + TINY).log() - (_bar(score, tiles.present) + TINY).log()
+        gates = torch.sigmoid(above / _WIDTH) * tiles.present
+        soft = gates.sum(1).view(-1, tiles.number).sum(1)
+        return (soft * (1 + _SPREAD if self.plus else 1)).to(scores.score.dtype)
+
     @torch.no_grad()
     def _outliers(self, score: Tensor, seen: Seen) -> Tensor:
         """Tokens far above the others of their tile, and with `plus` evenly spaced ones."""
         tiles = Tiles.of(seen.lattice, seen.valid)
         score, number = tiles.split(score).double(), tiles.present.sum(1)
-        low, high = (_quantile(score, tiles.present, share)[:, None] for share in (0.25, 0.75))
-        outliers = (score > high + 1.5 * (high - low)) & tiles.present
+        outliers = (score > _bar(score, tiles.present)) & tiles.present
         count = outliers.sum(1).clamp_min(1).clamp_max(number)
         kept = top_k_mask(score, count, tiles.present)
         if self.plus:
-            step = (number // count.clamp_min(1) // 3).clamp_min(1)
+            step = (number // count.clamp_min(1) // _SPREAD).clamp_min(1)
             rank = tiles.present.long().cumsum(1) - 1
             spread = (rank % step[:, None] == 0) & (rank < number[:, None] - 1)
             kept = kept | (spread & tiles.present)
@@ -203,6 +227,12 @@ def _one_after_the_other(made: Merged, seen: Seen, whole: Tensor) -> Merged:
         source.gather(1, index),
         own.gather(1, index),
     )
+
+
+def _bar(score: Tensor, present: Tensor) -> Tensor:
+    """The score above which a token is an outlier of its tile, ``[G, 1]``."""
+    low, high = (_quantile(score, present, share)[:, None] for share in (0.25, 0.75))
+    return high + 1.5 * (high - low)
 
 
 def _quantile(values: Tensor, present: Tensor, share: float) -> Tensor:

@@ -64,8 +64,16 @@ def raters(seen: Seen) -> Tensor:
     return torch.where(found.any(1, keepdim=True), found, rows)
 
 
-@torch.no_grad()
-def _above_mean(seen: Seen, text: TextSight, rows: Tensor) -> Tensor:
+def rates(seen: Seen) -> tuple[Tensor, Tensor]:
+    """How much each text token rates by, ``[B, R]``, live, in the order of `compact`; sums to 1.
+
+    Also which are real, bool ``[B, R]``. Raters are the tokens above the mean of their row.
+    """
+    text = sight_of(seen)
+    return _rates(seen, text, text_rows(text))
+
+
+def _rates(seen: Seen, text: TextSight, rows: Tensor) -> tuple[Tensor, Tensor]:
     columns, real = compact(rows)
     words = precise(gather_rows(text.embeds, columns))[seen.rows]  # [I, R, D]
     tokens = precise(text.gather(text.embeds)).masked_fill(~seen.valid[..., None], 0)
@@ -75,7 +83,13 @@ def _above_mean(seen: Seen, text: TextSight, rows: Tensor) -> Tensor:
     batch = len(rows)
     total = share.new_zeros(batch, share.shape[1]).index_add(0, seen.rows, share)
     number = share.new_zeros(batch).index_add(0, seen.rows, seen.valid.sum(1).to(share.dtype))
-    mean = (total / number.clamp_min(1)[:, None]).masked_fill(~real, 0)
+    return (total / number.clamp_min(1)[:, None]).masked_fill(~real, 0), real
+
+
+@torch.no_grad()
+def _above_mean(seen: Seen, text: TextSight, rows: Tensor) -> Tensor:
+    columns, _ = compact(rows)
+    mean, real = _rates(seen, text, rows)
     above = real & (mean > mean.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1))
     above = torch.where(above.any(1, keepdim=True), above, real)
     return torch.zeros_like(rows).scatter(1, columns, above)

@@ -19,9 +19,10 @@ from targets.compression.raters import (
     compact,
     precise,
     raters,
+    rates,
     sight_of,
 )
-from targets.compression.scoring import log_probability, standardised, top_k_mask
+from targets.compression.scoring import TINY, log_probability, standardised, top_k_mask
 from targets.compression.sight import TextSight
 from targets.compression.staged import Staged
 from targets.errors import CompressionError
@@ -35,6 +36,8 @@ _LISTS: Final = {
 """Tokens chosen at each stage, of 576, by the number the authors call a setting by."""
 _HEADS: Final = 14
 _CHUNK: Final = 64
+_WIDTH: Final = 0.5
+"""Of the sigmoid in the relaxed count of raters, in units of the log-rate."""
 _WEAKEST: Final = 1e-3
 """Gravity nearer to zero than this would make infinite scores."""
 
@@ -185,6 +188,25 @@ class SparseVLM(Staged):
         most = torch.minimum(self._chosen(seen), allowed)
         best = top_k_mask(found.score, most, seen.valid)
         return Scores(found.score, found.log_score, chosen=best)
+
+    @property
+    def count_varies(self) -> bool:
+        """With the rule of the rank."""
+        return self.variant == "rank"
+
+    def soft_count(self, scores: Scores, seen: Seen) -> Tensor | None:
+        """`rank_scale` times the raters, by a sigmoid of their log-rate above the mean, ``[I]``.
+
+        There are no more ranks than raters, and as many unless two of them attend alike to within
+        rounding. The budget, which may keep fewer, is left out.
+        """
+        del scores
+        if not self.count_varies:
+            return None
+        rate, real = rates(seen)
+        above = (rate + TINY).log() + real.sum(1, keepdim=True).clamp_min(1).log()
+        soft = (torch.sigmoid(above / _WIDTH) * real).sum(1)
+        return self.rank_scale * soft[seen.rows]
 
     def _remembered(self, seen: Seen) -> Scores:
         found: Scores | None = seen.memory.get("scores")

@@ -28,12 +28,15 @@ from targets.errors import CompressionError
 from targets.families.base import rotate
 
 if TYPE_CHECKING:
+    from targets.compression.sight import TextSight
     from targets.compression.state import TextPass
     from targets.compression.trace import CutTrace
     from targets.families.base import Family
 
 HEADS = "heads"
 """Where the memory holds what heads kept: layer → bool ``[I, N, V]``, of the last prefill."""
+_WIDTH = 0.25
+"""Of the sigmoid in the relaxed count, in units of coverage."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -164,6 +167,40 @@ class TokenSparseAttention(Compressor):
     def score(self, seen: Seen) -> Scores:
         """Share of the window's smoothed attention, ``[I, V]``; of rating tokens, the largest."""
         text = sight_of(seen)
+        columns, share = self._shares(text)
+        number = self._number(share, columns, text.slots)
+        best = top_k_mask(share, columns.free.sum(1) - number, columns.free) | ~columns.free
+        score, free = text.gather(share), text.gather(columns.free)
+        score = torch.where(free, score, share.amax(1)[text.slots.rows, None])
+        score = score.masked_fill(~seen.valid, 0)
+        return Scores(score, log_probability(score), chosen=text.gather(best) & seen.valid)
+
+    @property
+    def count_varies(self) -> bool:
+        """Without a budget: coverage finds out how many; where it is 0, all are kept."""
+        return self.retention is None and self.keep_tokens is None and self._coverage > 0
+
+    def soft_count(self, scores: Scores, seen: Seen) -> Tensor | None:
+        """Droppable columns less those whose cumulated share is below coverage, ``[I]``.
+
+        Below is a sigmoid of ``1 − cumulated share / coverage``; `min_tokens` is left out.
+        """
+        del scores
+        if not self.count_varies:
+            return None
+        columns, share = self._shares(sight_of(seen))
+        rising = share.masked_fill(~columns.free, torch.inf).sort(dim=1).values
+        free = rising.isfinite()
+        total = rising.masked_fill(~free, 0).cumsum(1)
+        gone = torch.sigmoid((1 - total / self._coverage) / _WIDTH) * free
+        return (free.sum(1) - gone.sum(1))[seen.rows]
+
+    @property
+    def _coverage(self) -> float:
+        return 0.005 if self.coverage is None else self.coverage
+
+    def _shares(self, text: TextSight) -> tuple[Columns, Tensor]:
+        """Which columns play which part, and each one's share of the window's attention."""
         if text.rope is None:
             raise CompressionError(f"compressor {self.name} ranks at a language-model layer")
         columns = self._columns(text.slots, text.live, text.last)
@@ -171,13 +208,7 @@ class TokenSparseAttention(Compressor):
         queries = text.family.text_queries(text.layer, text.hidden, text.rope, where)
         scaling = text.family.text_scaling(text.layer)
         mass = window_mass(queries, all_keys(text), scaling, columns, text.allowed, self.kernel)
-        share = shares(mass)
-        number = self._number(share, columns, text.slots)
-        best = top_k_mask(share, columns.free.sum(1) - number, columns.free) | ~columns.free
-        score, free = text.gather(share), text.gather(columns.free)
-        score = torch.where(free, score, share.amax(1)[text.slots.rows, None])
-        score = score.masked_fill(~seen.valid, 0)
-        return Scores(score, log_probability(score), chosen=text.gather(best) & seen.valid)
+        return columns, shares(mass)
 
     def _columns(self, slots: ImageSlots, live: Tensor, last: int) -> Columns:
         images_only = self.variant == "image_only"
@@ -188,8 +219,7 @@ class TokenSparseAttention(Compressor):
     def _number(self, share: Tensor, columns: Columns, slots: ImageSlots) -> Tensor:
         """How many columns each head of a row drops, ``[B]``."""
         if self.retention is None and self.keep_tokens is None:
-            coverage = 0.005 if self.coverage is None else self.coverage
-            number = covered_number(share, columns.free, coverage)
+            number = covered_number(share, columns.free, self._coverage)
         else:
             left = [super(TokenSparseAttention, self).budget(int(n)) for n in slots.totals.tolist()]
             alive = slots.alive.sum(1)

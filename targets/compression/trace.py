@@ -126,6 +126,7 @@ class Trace:
 
 def ranking_of(scores: Scores, selection: Selection, seen: Seen) -> Ranking:
     """Put what a compressor saw and chose into the words of `targets.base`."""
+    by = seen.cut.by
     return Ranking(
         score=scores.score,
         log_score=scores.log_score,
@@ -133,6 +134,7 @@ def ranking_of(scores: Scores, selection: Selection, seen: Seen) -> Ranking:
         keys=seen.keys if scores.attends and seen.query is not None else None,
         features=seen.features if seen.projected is None else seen.projected,
         kept=selection.kept,
+        soft_count=None if by is None else by.soft_count(scores, seen),
     )
 
 

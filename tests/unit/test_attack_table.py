@@ -31,6 +31,8 @@ class Row:
     uses_gradient: bool = True
     stochastic: bool = True
     every_sample: bool = True  # off: samples that are broken, or wrong already, are left alone
+    package: str = ""
+    """Of an optional library; the row is skipped where it is not installed."""
 
 
 ROWS = [
@@ -61,6 +63,7 @@ ROWS = [
     Row(attacks.CAA(steps=5, region="most_important", random_start=False), stochastic=False),
     Row(attacks.CAA(steps=5, group="twice_kept", intra="none")),
     Row(attacks.CAA(steps=5, ranking="absolute", intra="none")),
+    Row(attacks.CAA(steps=5, layers=(2, 3), retentions=(0.1, 0.5))),
     Row(attacks.CAA(steps=0), uses_gradient=False),
     Row(attacks.Noise(border=0.25, frame="added"), uses_gradient=False),
     Row(attacks.TransferCAA(**TRANSFER)),
@@ -84,6 +87,19 @@ ROWS = [
     Row(attacks.CIRA(steps=5, hep_over="all", views="translations"), stochastic=False),
     Row(attacks.CIRA(steps=5, gsh_weight=0, hep_over="all", random_start=True)),
     Row(attacks.VEAttack(steps=5)),
+    Row(attacks.VAttack(steps=6, target="a ring", judge_every=3)),
+    Row(attacks.VAttack(steps=5, source="a cube", target="a ring", crop=1.0, layers=1)),
+    Row(attacks.Verbose(steps=6, length=5, refresh=2)),
+    Row(attacks.Verbose(steps=6, length=5, refresh=1, path="compressed")),
+    Row(attacks.TokenCount(steps=5, preserve_weight=0.01)),
+    Row(attacks.TokenCount(steps=5, direction="fewer", preserve="full")),
+    Row(attacks.TokenCount(steps=5, preserve="none")),
+    Row(attacks.TorchAttack(attack="MIFGSM"), stochastic=False, package="torchattacks"),
+    Row(attacks.TorchAttack(path="compressed"), package="torchattacks"),
+    Row(attacks.TorchAttack(attack="SPSA"), uses_gradient=False, package="torchattacks"),
+    Row(attacks.TorchAttack(attack="PGDL2", norm="l2"), package="torchattacks"),
+    Row(attacks.ArtAttack(), stochastic=False, package="art"),
+    Row(attacks.ArtAttack(attack="SquareAttack"), uses_gradient=False, package="art"),
 ]
 
 
@@ -115,6 +131,8 @@ def test_options_are_frozen_keywords_with_defaults(kind: type[Attack]) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: repr(row.attack))
 @pytest.mark.parametrize("attention", [True, False], ids=["attention", "norm"])
 def test_every_attack_on_the_fake_target(row: Row, attention: bool) -> None:
+    if row.package:
+        pytest.importorskip(row.package, reason="see docs/installation.md: an optional library")
     attack, batch = row.attack, make_batch(4)
     if not row.every_sample:
         batch = answered(8, view=FakeView(attention=attention))
