@@ -17,8 +17,8 @@ from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
 from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Effort, GateSpec, Manifest, Trial
 from reports.registry import METRICS, Metric
 from reports.statistics import Estimate, mcnemar_exact
-from reports.transfer import transfer
 from reports.survival import minimal_epsilon
+from reports.transfer import transfer
 
 __all__ = ["METRICS", "Metric", "Row", "measure", "row_of", "summarise"]
 
