@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attacks import CAA, Noise
+from attacks import CAA, AttackError, Noise
 from attacks.caa import promoted_tokens
 from attacks.objectives import (
     absolute_score,
@@ -19,7 +20,8 @@ from attacks.objectives import (
     reversed_order,
     score_gap,
 )
-from targets.base import Batch, Ranking
+from targets.base import Batch, Knowledge, Ranking
+from targets.compression.fastv import FastV
 from tests.fakes import FakeView, make_batch
 
 SEEDS = list(range(8))
@@ -251,3 +253,92 @@ def test_preservation_spares_the_full_path(batch: Batch) -> None:
     spared = strict(view, batch, EPSILON, SEEDS)
     assert drift(view, batch, spared.images) < 0.2 * drift(view, batch, free.images)
     assert jaccard(view, batch, spared.images) < 0.6
+
+
+class TwoLayers(FakeView):
+    """Ranks by another query at each layer a compressor is imagined at."""
+
+    def rank(self, images: Tensor, questions: tuple[str, ...], *, under: Any = None) -> Ranking:
+        assert isinstance(under, FastV), "the compression is not known"
+        return super().rank(images, tuple(f"{one} {under.layer}" for one in questions))
+
+
+UNKNOWN = CAA(steps=0, layers=(1, 3), retentions=(0.1, 0.25))
+
+
+def test_an_unknown_compression_is_declared_and_known_to_nobody() -> None:
+    assert CAA().knows_compression
+    assert CAA(preset="strict_preserve").knows_compression
+    assert not UNKNOWN.knows_compression
+    assert UNKNOWN.needs is Knowledge.WHITE_BOX
+    assert UNKNOWN.group_rule == "twice_kept"
+    assert CAA(layers=(2,), retentions=(0.5,), group="kept").group_rule == "kept"
+    assert CAA(layers=(2,), retentions=(0.5,), preset="strict_preserve").group_rule == "dropped"
+
+
+def test_under_an_unknown_compression_the_loss_is_the_mean_over_the_range(batch: Batch) -> None:
+    view, attack = TwoLayers(), replace(UNKNOWN, query_weight=0.5, erase_weight=2.0)
+    result = attack(view, batch, EPSILON, SEEDS)
+    cleans, nows = (
+        [
+            view.rank(images, batch.questions, under=FastV(layer=layer, retention=0.1))
+            for layer in (1, 3)
+        ]
+        for images in (batch.images, result.images)
+    )
+    mean_rank = sum(one.score.argsort(1).argsort(1).double() for one in cleans)
+    assert isinstance(mean_rank, Tensor)
+    place = mean_rank.argsort(dim=1, stable=True).argsort(1)
+    groups = [place < 2 * round(0.1 * 16), place < 2 * round(0.25 * 16)]
+    wanted = torch.zeros(8)
+    for clean, now in zip(cleans, nows, strict=True):
+        for up in groups:
+            assert now.keys is not None
+            assert clean.query is not None
+            wanted += bpr(now.log_score, up, ~up)
+            wanted += reversed_order(now.log_score, clean.log_score, up)
+            wanted += 0.5 * query_misalignment(now.keys, clean.query, up)
+            wanted += 2.0 * remaining_content(now.features, clean.features, up)
+    assert [trace[0] for trace in result.loss] == pytest.approx((wanted / 4).tolist(), rel=1e-4)
+    allowed = view.token_mask_to_pixels(groups[1], (16, 16)) > 0
+    moved = (result.images != batch.images).any(1, keepdim=True)
+    assert not moved[~allowed].any()
+    assert moved[allowed].float().mean() > 0.9
+
+
+def test_a_range_infiltrates_at_both_of_its_layers(batch: Batch) -> None:
+    view, attack = TwoLayers(), replace(UNKNOWN, steps=30)
+    control = UNKNOWN(view, batch, EPSILON, SEEDS).images
+    attacked = attack(view, batch, EPSILON, SEEDS).images
+    for layer in (1, 3):
+        under = FastV(layer=layer, retention=0.25)
+        kept = [
+            view.rank(images, batch.questions, under=under).kept
+            for images in (batch.images, control, attacked)
+        ]
+        same = [float((kept[0] & one).sum() / kept[0].sum()) for one in kept]
+        assert same[2] < same[1] - 0.1
+
+
+def test_preservation_under_an_unknown_compression_costs_one_pass_through_the_model(
+    batch: Batch,
+) -> None:
+    view = FakeView()
+    attack = replace(UNKNOWN, preset="strict_preserve", steps=1)
+    attack(view, batch, EPSILON, SEEDS)
+    assert view.calls == ["full_and_rank", "rank"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": (2,)}, "give both"),
+        ({"retentions": (0.5,)}, "give both"),
+        ({"layers": (0,), "retentions": (0.5,)}, "layers is .0.; allowed: whole numbers"),
+        ({"layers": (2, 2), "retentions": (0.5,)}, "each once"),
+        ({"layers": (2,), "retentions": (0.5, 1.0)}, "retentions is .0.5, 1.0.; allowed: shares"),
+    ],
+)
+def test_a_range_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AttackError, match=message):
+        CAA(**options)
