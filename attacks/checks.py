@@ -62,8 +62,11 @@ def not_decreasing(losses: Losses) -> str | None:
 
 
 def unfinished(losses: Losses) -> str | None:
-    """The best loss so far still moved in the last steps (Indicators of Attack Failure, no. 4)."""
-    if len(losses) < 2 or no_progress(losses) is not None:
+    """The best loss so far still moved in the last steps (Indicators of Attack Failure, no. 4).
+
+    A single step, or a start and an end, has no last steps to look at.
+    """
+    if len(losses) < 3 or no_progress(losses) is not None:
         return None
     best = [min(losses[: end + 1]) for end in range(len(losses))]
     window = min(LAST_STEPS, len(losses) - 1)

@@ -33,19 +33,19 @@ def check_options(instance: object, name: str) -> None:
         if get_origin(annotation) is ClassVar:
             continue
         value = getattr(instance, option)
-        wrong = _complaint(annotation, value)
+        wrong = complaint(annotation, value)
         if wrong is not None:
             raise AttackError(f"attack {name}: {option} is {value!r}; allowed: {wrong}")
 
 
-def _complaint(annotation: object, value: object) -> str | None:
+def complaint(annotation: object, value: object) -> str | None:
     """What is wrong with an option, in words of its annotation; None if nothing is."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         wrong = [bound for bound in _bounds(parts[1:]) if not _holds(bound, value)]
-        return _complaint(parts[0], value) or (str(wrong[0]) if wrong else None)
+        return complaint(parts[0], value) or (str(wrong[0]) if wrong else None)
     if origin in (UnionType, Union):
-        found = [_complaint(part, value) for part in parts]
+        found = [complaint(part, value) for part in parts]
         return None if None in found else " or ".join(filter(None, found))
     if origin is Literal:
         return None if value in parts else ", ".join(repr(choice) for choice in parts)
