@@ -88,6 +88,17 @@ def test_noise_of_another_kind_is_no_control(other: dict[str, Any]) -> None:
     assert codes(cells, {"noise": rows("noise", 0), "caa": rows("caa", 0)}) == []
 
 
+@pytest.mark.parametrize("border", [None, 0.125])
+def test_noise_in_the_same_place_is(border: float | None) -> None:
+    """Whatever else their options are: noise always has a frame, most attacks have none."""
+    cells = [
+        noise(spec={"attack": {"type": "noise", "border": border, "frame": "inside"}}),
+        cell("caa", spec={"attack": {"type": "caa"} | ({"border": border} if border else {})}),
+    ]
+    found = {"noise": rows("noise", 0), "caa": rows("caa", 0)}
+    assert codes(cells, found) == [("no-gain", "caa")]
+
+
 def test_the_strongest_control_counts() -> None:
     cells = [noise("uniform"), noise("sign", attack="sign"), cell("caa")]
     found = {"uniform": rows("uniform", 0), "sign": rows("sign", 18), "caa": rows("caa", 20)}
