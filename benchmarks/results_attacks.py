@@ -1,8 +1,9 @@
-"""Make docs/results/attacks.md: ``python benchmarks/results_attacks.py [--jobs 2]``.
+"""Make docs/results/attacks.md: ``python benchmarks/results_attacks.py [--jobs 2] [--by-budget]``.
 
-Runs (or resumes) `scenarios/attacks.yaml` attack by attack, each in a run folder of its own, and
-writes one page from their ``summary.json`` and ``manifest.json``; nothing in it is typed by hand.
-Ids and seeds of a cell depend on nothing else in a scenario, so the parts equal one long run.
+Runs (or resumes) `scenarios/attacks.yaml` attack by attack (and, if asked, budget by budget), each
+in a run folder of its own, and writes one page from their ``summary.json`` and ``manifest.json``;
+nothing in it is typed by hand. Ids and seeds of a cell depend on nothing else in a scenario, so
+the parts equal one long run.
 """
 
 from __future__ import annotations
@@ -34,37 +35,37 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/attacks"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/attacks.md"))
     parser.add_argument("--jobs", type=int, default=1, help="attacks run side by side")
-    parser.add_argument("--only", nargs="*", help="labels of attacks to run; default all")
+    parser.add_argument("--only", nargs="*", help="attacks (or attack@budget) to run")
+    parser.add_argument("--by-budget", action="store_true", help="a run folder for each budget")
     parser.add_argument("--only-page", action="store_true", help="do not run; use the folders")
     arguments = parser.parse_args()
-    parts = split(arguments.scenario, arguments.runs, arguments.only)
+    parts = split(arguments.scenario, arguments.runs, by_budget=arguments.by_budget)
     if not arguments.only_page:
+        chosen = [part for label, part in parts.items() if wanted(label, arguments.only)]
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(run, parts.values()))
-    summaries = [
-        _read(folder, "summary") for folder in _folders(arguments.scenario, arguments.runs)
-    ]
-    manifests = [
-        _read(folder, "manifest") for folder in _folders(arguments.scenario, arguments.runs)
-    ]
+            list(pool.map(run, chosen))
+    folders = list(_folders(arguments.scenario, arguments.runs))
+    summaries = [_read(folder, "summary") for folder in folders]
+    manifests = [_read(folder, "manifest") for folder in folders]
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
     arguments.page.write_text(page(summaries, manifests), encoding="utf-8")
     print(f"written: {arguments.page}")
 
 
-def split(scenario: Path, runs: Path, only: Sequence[str] | None) -> dict[str, Path]:
-    """One scenario for each attack, by label; each lies in the folder its run goes to."""
+def split(scenario: Path, runs: Path, *, by_budget: bool) -> dict[str, Path]:
+    """One scenario for each attack, or for each of its budgets; each lies beside its run folder."""
     whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+    default = whole.pop("epsilons")
+    runs.mkdir(parents=True, exist_ok=True)
     found = {}
     for attack in whole["attacks"]:
-        label = label_of(attack)
-        if only and label not in only:
-            continue
-        runs.mkdir(parents=True, exist_ok=True)
-        part = runs / f"{label}.yaml"
-        text = yaml.safe_dump({**whole, "attacks": [attack]}, sort_keys=False)
-        part.write_text(text, encoding="utf-8")
-        found[label] = part
+        budgets = attack.get("epsilons", default)
+        for some in [[one] for one in budgets] if by_budget else [budgets]:
+            label = label_of(attack) + (f"@{some[0].partition('/')[0]}" if by_budget else "")
+            part = runs / f"{label}.yaml"
+            one = {**whole, "attacks": [{**attack, "epsilons": some}]}
+            part.write_text(yaml.safe_dump(one, sort_keys=False), encoding="utf-8")
+            found[label] = part
     return found
 
 
@@ -83,15 +84,23 @@ def run(part: Path) -> None:
         print(f"{part.stem}: exit {result.returncode}, see {part.with_suffix('.log')}")
 
 
+def wanted(label: str, only: Sequence[str] | None) -> bool:
+    """Whether a part was asked for, by its label or its attack's."""
+    return not only or label in only or label.partition("@")[0] in only
+
+
 def _folders(scenario: Path, runs: Path) -> Iterable[Path]:
-    """Finished parts in the order of the scenario."""
-    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
-    for attack in whole["attacks"]:
-        folder = runs / label_of(attack)
-        if (folder / "summary.json").exists():
-            yield folder
-        else:
-            print(f"missing: {folder}")
+    """Run folders that have something to say, in the order of the scenario."""
+    for label in split(scenario, runs, by_budget=False):
+        whole, *budgets = runs / label, *sorted(runs.glob(f"{label}@*/"), key=_budget)
+        found = [one for one in (whole, *budgets) if (one / "summary.json").exists()]
+        if not found:
+            print(f"missing: {whole}")
+        yield from found[:1] if whole in found else found
+
+
+def _budget(folder: Path) -> float:
+    return float(folder.name.partition("@")[2])
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
