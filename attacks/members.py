@@ -41,7 +41,8 @@ _THROUGH = {"path": "compressed"}
 _SPARING = {**_THROUGH, "preserve_weight": 1.0}
 
 # In the order of what a step costs: nothing, a single step, the vision tower, the tower and the
-# first blocks of the language model, the whole model once, the whole model on both paths.
+# first blocks of the language model, the whole model once, the whole model on both paths, a
+# hundred questions.
 MEMBERS: Mapping[str, Member] = MappingProxyType(
     {
         "noise": Member("noise:Noise", {"distribution": "sign"}),
@@ -59,6 +60,7 @@ MEMBERS: Mapping[str, Member] = MappingProxyType(
         "apgd_full": Member("apgd:APGD", {"loss": "margin"}, ("full",)),
         "pgd_sparing": Member("pgd:PGD", _SPARING, ("compression_only",)),
         "apgd_sparing": Member("apgd:APGD", {**_SPARING, "loss": "margin"}, ("compression_only",)),
+        "square": Member("square:Square", {"queries": 100}, COMPRESSED),
     }
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
             f"filter {rule['rule']} kept {rule['kept']} of {rule['asked']} samples"
             + (f" (left out: {why}); manifest.json lists them." if why else ".")
         )
-    found += [_check(one) for one in summary["checks"]]
+    found += _checks(summary["checks"], {cell["id"]: cell["attack"] for cell in cells})
     small = [cell["n"] for cell in cells if 0 < cell["n"] < 30]
     if small:
         found.append(
@@ -122,8 +122,18 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check(check: Mapping[str, Any]) -> str:
-    return f"self-check {check['code']!r}: {check['message']}. Remedy: {check['remedy']}."
+def _checks(checks: Sequence[Mapping[str, Any]], attacks: Mapping[str, str]) -> list[str]:
+    """One sentence for each code; report.html has one for each code and attack."""
+    found = []
+    for code in dict.fromkeys(check["code"] for check in checks):
+        same = [check for check in checks if check["code"] == code]
+        names = list(dict.fromkeys(plain(attacks[check["cells"][0]]) for check in same))
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        found.append(
+            f"self-check {code!r} on {', '.join(names[:4])}{more}: {same[0]['message']}. "
+            f"Remedy: {same[0]['remedy']}."
+        )
+    return found
 
 
 def _drop(cell: Mapping[str, Any]) -> float:

@@ -111,5 +111,7 @@ def test_a_doubted_gate_is_inconclusive_everywhere(summary: dict[str, Any], run:
     for words in ("no-progress", "try a margin loss"):
         assert words in page
         assert words in markdown
-    assert any("no-gain" in note for note in reports.build_reports(run).notes)
+    notes = reports.build_reports(run).notes
+    assert sum("no-gain" in note for note in notes) == 1, "one sentence for both attacks"
+    assert any("'no-gain' on weak, pgd: " in note for note in notes)
     assert reports.build_reports(run).doubted
