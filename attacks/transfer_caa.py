@@ -38,7 +38,8 @@ class TransferCAA(Attack):
     and *self-universal templates*. With P the tokens a surrogate f sees the frame in, R those of
     the picture, s log-scores at layer l (attention of the last prompt token, or of CLS)::
 
-        min_u  E_{f, l, r, A} [ BPR(P over R) + w_q·L_query + w_e·L_erase ]  −  w_su·cos(v, v_local)
+        min_u  E_{f, l, r, A} [ BPR(P over R) + w_q·L_query + w_e·L_erase + w_p·L_pres ]
+               − w_su·cos(v, v_local)
 
     A draws a random resize and shift (DI) and local crops of the picture; v are the border's token
     features, on the whole picture and on a crop (self-universality, Wei et al., arXiv 2209.03716).
@@ -69,6 +70,9 @@ class TransferCAA(Attack):
         tau: score gap that counts as settled, > 0.
         query_weight: w_q, ≥ 0; costs a clean pass a step.
         erase_weight: w_e, ≥ 0; costs a clean pass a step.
+        preserve_weight: w_p, ≥ 0, of CAA's L_pres on the surrogates: their answer with all tokens
+            should stay. Runs them whole and supposes that the attacker knows the correct answer,
+            so it needs the ``known`` question.
         steps: gradient steps T, ≥ 0; 0 is the random start alone.
         alpha: step size in [0, 1] pixel units; None is epsilon / 16.
         schedule: step size over the run.
@@ -94,9 +98,9 @@ class TransferCAA(Attack):
             finite.
 
     *Differs from the paper in …*: surrogates, loss, weights, width, template and schedule are not
-    public, all are ours; the best judged 8-bit picture is kept instead of the last; scores take
-    turns instead of being drawn, which has the same mean. BPR does not depend on the retention
-    unless `over` is ``kept``.
+    public, all are ours, preservation included; the best judged 8-bit picture is kept instead of
+    the last; scores take turns instead of being drawn, which has the same mean. BPR does not depend
+    on the retention unless `over` is ``kept``.
     """
 
     name: ClassVar[str] = "transfer_caa"
@@ -119,6 +123,7 @@ class TransferCAA(Attack):
     tau: Annotated[float, Gt(0)] = 1.0
     query_weight: Annotated[float, Ge(0)] = 1.0
     erase_weight: Annotated[float, Ge(0)] = 1.0
+    preserve_weight: Annotated[float, Ge(0)] = 0.0
     steps: Annotated[int, Ge(0)] = 300
     alpha: Annotated[float, Gt(0)] | None = None
     schedule: Literal["constant", "cosine", "halving"] = "constant"
@@ -152,6 +157,11 @@ class TransferCAA(Attack):
             ("surrogates", all(isinstance(one, str) for one in self.surrogates), "labels"),
             ("retention", _is_range(self.retention), "two numbers, 0 < low ≤ high ≤ 1"),
             ("smoothing", self.smoothing % 2 == 1, "an odd number of pixels"),
+            (
+                "preserve_weight",
+                self.preserve_weight == 0 or self.questions == "known",
+                "0 where the question is generic, because there is no answer to preserve",
+            ),
         ):
             if not fine:
                 value = getattr(self, option)
@@ -173,11 +183,12 @@ class TransferCAA(Attack):
         )
         mask = borders.frame(batch.images, self.border)
         size = (batch.images.shape[-2], batch.images.shape[-1])
-        known = self.questions == "known"
+        asked = batch
+        if self.questions == "generic":
+            asked = replace(batch, questions=(GENERIC,) * len(batch.ids))
         problem = Expectation(
             members,
-            batch.images,
-            batch.questions if known else (GENERIC,) * len(batch.ids),
+            asked,
             mask,
             borders.inside_of(size, self.border) if self.frame == "added" else (0, 0, *size),
             weights=self._weights(),
@@ -206,6 +217,7 @@ class TransferCAA(Attack):
             retention=(self.retention[0], self.retention[1]),
             query=self.query_weight,
             erase=self.erase_weight,
+            preserve=self.preserve_weight,
             similarity=self.similarity_weight,
         )
 

@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from attacks.errors import AttackError
-from attacks.objectives import bpr, query_misalignment, remaining_content
+from attacks.objectives import (
+    answer_divergence,
+    bpr,
+    query_misalignment,
+    remaining_content,
+)
 from attacks.seeds import SeedBank
 from attacks.transfer.borders import covered, token_boxes
 from attacks.transfer.transformations import (
@@ -25,7 +30,7 @@ from attacks.transfer.transformations import (
     spectrum,
     whole,
 )
-from targets.base import Ranking, Surrogate
+from targets.base import Batch, Ranking, Surrogate
 from targets.compression.base import Compressor
 from targets.compression.fastervlm import FasterVLM
 from targets.compression.fastv import FastV
@@ -86,6 +91,7 @@ class Weights:
     retention: tuple[float, float]
     query: float
     erase: float
+    preserve: float
     similarity: float
 
 
@@ -137,8 +143,7 @@ class Expectation:
 
     Args:
         members: surrogates.
-        canvas: ``[B, 3, H, W]``, what the perturbation is added to.
-        questions: asked of the surrogates.
+        batch: canvases, what the perturbation is added to; the questions for the surrogates.
         mask: the frame, ``[B, 1, H, W]``.
         region: top, left, bottom, right of the picture in the canvas; crops come from there.
         weights: of the loss.
@@ -149,8 +154,7 @@ class Expectation:
     def __init__(
         self,
         members: tuple[Member, ...],
-        canvas: Tensor,
-        questions: tuple[str, ...],
+        batch: Batch,
         mask: Tensor,
         region: tuple[int, int, int, int],
         *,
@@ -158,8 +162,9 @@ class Expectation:
         views: Views,
         sampled: bool,
     ) -> None:
-        self.members, self.canvas, self.questions, self.mask = members, canvas, questions, mask
-        self.region, self.weights, self.views, self.sampled = region, weights, views, sampled
+        self.members, self.batch, self.mask, self.region = members, batch, mask, region
+        self.weights, self.views, self.sampled = weights, views, sampled
+        self._answers: dict[str, Tensor] = {}
 
     @property
     def count(self) -> int:
@@ -182,35 +187,33 @@ class Expectation:
             own = rng.child(f"{member.name} {copy}")
             for scorer in scorers:
                 with torch.enable_grad():
-                    loss = self._loss(member, scorer, backdrops, delta, own, copy)
+                    loss = self._expected(member, scorer, backdrops, delta, own, copy)
                 total += _gradient(loss, delta, member.name)
         return total
 
     def judge(self, images: Tensor) -> Tensor:
-        """Ranking loss of finished pictures: mean over all members and scorers, ``[B]``."""
+        """Loss of finished pictures as they are: mean over all members and scorers, ``[B]``."""
         losses = []
-        with torch.no_grad():
-            for member in self.members:
-                for scorer in member.scorers:
-                    ranking = member.view.rank(images, self.questions, under=scorer)
-                    tokens = ranking.score.shape[1]
-                    border, interior = member.groups(tokens, self.mask, 1 - self.mask)
-                    losses.append(bpr(ranking.log_score, border, interior, self.weights.tau))
+        for member in self.members:
+            for scorer in member.scorers:
+                masks = self.mask, 1 - self.mask
+                with torch.no_grad():
+                    losses.append(self._loss(member, scorer, [images], [self.batch.images], masks))
         return torch.stack(losses).mean(0).float()
 
     def _backdrops(self, rng: SeedBank) -> list[Tensor]:
         """The canvas, and the canvas with a local crop in the place of the picture."""
-        found = [self.canvas]
-        count, size = len(self.canvas), (self.canvas.shape[-2], self.canvas.shape[-1])
+        canvas = self.batch.images
+        found, count, size = [canvas], len(canvas), (canvas.shape[-2], canvas.shape[-1])
         everything = torch.tensor([self.region]).expand(count, -1)
-        kept = place(torch.ones_like(self.canvas[:, :1]), everything, everything, size)
+        kept = place(torch.ones_like(canvas[:, :1]), everything, everything, size)
         for number in range(self.views.crops):
             box = crop_box(rng.child(f"crop {number}"), self.region, self.views.crop_scale)
-            local = place(self.canvas, box, everything, size)
-            found.append(torch.where(kept > 0, local, self.canvas))
+            local = place(canvas, box, everything, size)
+            found.append(torch.where(kept > 0, local, canvas))
         return found
 
-    def _loss(
+    def _expected(
         self,
         member: Member,
         scorer: Compressor,
@@ -219,27 +222,65 @@ class Expectation:
         rng: SeedBank,
         copy: int,
     ) -> Tensor:
-        """One copy of all views under one scorer, ``[B]``."""
-        count, views = len(delta), len(backdrops)
+        """Loss of one copy of all views, ``[B]``; a mask moves like its picture."""
         seen = [self._transform(_within(one + delta), rng, copy) for one in backdrops]
-        border, interior = (
-            self._moved(mask.repeat(views, 1, 1, 1), rng, views)
-            for mask in (self.mask, 1 - self.mask)
-        )
-        ranking = member.view.rank(torch.cat(seen), self.questions * views, under=scorer)
+        clean = [self._transform(one, rng, copy) for one in backdrops]
+        masks = self._moved(self.mask, rng), self._moved(1 - self.mask, rng)
+        return self._loss(member, scorer, seen, clean, masks, rng)
+
+    def _loss(
+        self,
+        member: Member,
+        scorer: Compressor,
+        seen: list[Tensor],
+        clean: list[Tensor],
+        masks: tuple[Tensor, Tensor],
+        rng: SeedBank | None = None,
+    ) -> Tensor:
+        """Everything weighed, ``[B]``.
+
+        Args:
+            member: the surrogate.
+            scorer: what it is imagined to rank with.
+            seen: the perturbed picture and its crops.
+            clean: the same without perturbation.
+            masks: frame and inside, where they are in these.
+            rng: for the retention; None is the middle of its range.
+        """
+        views, weights = len(seen), self.weights
+        ranking, divergence = self._look(member, scorer, seen)
+        border, interior = (mask.repeat(views, 1, 1, 1) for mask in masks)
         up, down = member.groups(ranking.score.shape[1], border, interior)
-        if self.weights.over == "kept":
-            down = self._contested(ranking.score, down, rng, views)
-        loss = bpr(ranking.log_score, up, down, self.weights.tau)
-        if self.weights.query > 0 or self.weights.erase > 0:
+        if weights.over == "kept":
+            down = down & self._kept(ranking.score, rng, views)
+        loss = bpr(ranking.log_score, up, down, weights.tau)
+        if weights.query > 0 or weights.erase > 0:
             with torch.no_grad():
-                clean = torch.cat([self._transform(one, rng, copy) for one in backdrops])
-                reference = member.view.rank(clean, self.questions * views, under=scorer)
+                questions = self.batch.questions * views
+                reference = member.view.rank(torch.cat(clean), questions, under=scorer)
             loss = loss + self._guidance(ranking, reference, up)
-        loss = loss.view(views, count).mean(0)
-        if self.weights.similarity > 0 and views > 1:
-            loss = loss - self.weights.similarity * _alikeness(ranking.features, up, views)
+        loss = loss.view(views, -1).mean(0) + weights.preserve * divergence
+        if weights.similarity > 0 and views > 1:
+            loss = loss - weights.similarity * _alikeness(ranking.features, up, views)
         return loss
+
+    def _look(
+        self, member: Member, scorer: Compressor, seen: list[Tensor]
+    ) -> tuple[Ranking, Tensor | float]:
+        """The ranking of all views, and how far the answer on the whole picture has moved."""
+        images, questions = torch.cat(seen), self.batch.questions * len(seen)
+        if self.weights.preserve == 0:
+            return member.view.rank(images, questions, under=scorer), 0.0
+        answers, count = self.batch.answers * len(seen), len(self.batch.ids)
+        found = member.view.full_and_rank(images, questions, answers, under=scorer)
+        logprobs, real, ranking = found
+        if member.name not in self._answers:
+            with torch.no_grad():
+                self._answers[member.name], _ = member.view.answer_logprobs(
+                    self.batch.images, self.batch.questions, self.batch.answers
+                )
+        clean = self._answers[member.name]
+        return ranking, answer_divergence(clean, logprobs[:count], real[:count])
 
     def _transform(self, images: Tensor, rng: SeedBank, copy: int) -> Tensor:
         """Spectrum, scale and place, in this order."""
@@ -247,23 +288,25 @@ class Expectation:
         if views.spectra > 0:
             own = rng.child("spectrum")
             images = spectrum(images, own, views.spectrum_sigma, views.spectrum_rho)
-        return self._moved(scale_copy(images, copy % views.scales), rng, 1)
+        return self._moved(scale_copy(images, copy % views.scales), rng)
 
-    def _moved(self, images: Tensor, rng: SeedBank, views: int) -> Tensor:
-        """Input diversity; a mask moves like its picture."""
+    def _moved(self, images: Tensor, rng: SeedBank) -> Tensor:
+        """Input diversity."""
         if self.views.diversity == 0:
             return images
         size = (images.shape[-2], images.shape[-1])
-        rate, probability = self.views.diversity_rate, self.views.diversity
-        box = diverse_box(rng.child("place"), size, rate, probability).repeat(views, 1)
+        box = diverse_box(rng.child("place"), size, self.views.diversity_rate, self.views.diversity)
         return place(images, whole(len(images), size), box)
 
-    def _contested(self, score: Tensor, interior: Tensor, rng: SeedBank, views: int) -> Tensor:
-        """The interior tokens that a compressor of a random retention would keep."""
+    def _kept(self, score: Tensor, rng: SeedBank | None, views: int) -> Tensor:
+        """The tokens that a compressor of a random retention would keep, bool ``[B, V]``."""
         low, high = self.weights.retention
-        share = rng.child("retention").uniform((1,), low, high).repeat(views, 1)
-        place_of = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-        return interior & (place_of < (share * score.shape[1]).round().clamp_min(1))
+        share = torch.full((len(score) // views, 1), (low + high) / 2)
+        if rng is not None:
+            share = rng.child("retention").uniform((1,), low, high)
+        wanted = (share.to(score).repeat(views, 1) * score.shape[1]).round().clamp_min(1)
+        order = score.argsort(dim=1, descending=True, stable=True)
+        return order.argsort(dim=1, stable=True) < wanted
 
     def _guidance(self, ranking: Ranking, clean: Ranking, border: Tensor) -> Tensor:
         """w_q·L_query + w_e·L_erase on the border tokens."""

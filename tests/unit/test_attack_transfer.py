@@ -11,7 +11,12 @@ from torch import Tensor
 
 from attacks import AttackError, TransferCAA
 from attacks.budget import Budget
-from attacks.objectives import bpr, query_misalignment, remaining_content
+from attacks.objectives import (
+    answer_divergence,
+    bpr,
+    query_misalignment,
+    remaining_content,
+)
 from attacks.seeds import SeedBank
 from attacks.transfer.borders import frame, framed, token_boxes
 from attacks.transfer.expectation import (
@@ -169,6 +174,7 @@ def test_scores_take_turns_and_full_takes_all() -> None:
         ({"border": 0.5}, "border"),
         ({"diversity": 1.5}, "diversity"),
         ({"template": 0}, "template"),
+        ({"questions": "generic", "preserve_weight": 1}, "no answer to preserve"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -192,7 +198,13 @@ def expectation(view: FakeView, **options: Any) -> tuple[Expectation, Any]:
     mask = frame(batch.images, 0.25)
     surrogate = Surrogate("s", 2, (16, 16), view)
     weights = Weights(
-        tau=0.8, over="interior", retention=(0.3, 0.3), query=0.5, erase=0.25, similarity=0.0
+        tau=0.8,
+        over="interior",
+        retention=(0.3, 0.3),
+        query=0.5,
+        erase=0.25,
+        preserve=0.0,
+        similarity=0.0,
     )
     views = Views(
         crops=0,
@@ -206,8 +218,7 @@ def expectation(view: FakeView, **options: Any) -> tuple[Expectation, Any]:
     )
     made = Expectation(
         (Member(surrogate, scorers_of(surrogate, (1,), ("llm",))),),
-        batch.images,
-        batch.questions,
+        batch,
         mask,
         (0, 0, 16, 16),
         weights=replace(weights, **options.pop("weights", {})),
@@ -218,13 +229,27 @@ def expectation(view: FakeView, **options: Any) -> tuple[Expectation, Any]:
 
 
 @pytest.mark.parametrize("over", ["interior", "kept"])
-def test_the_gradient_is_that_of_the_formula(over: str) -> None:
+@pytest.mark.parametrize("preserve", [0.0, 0.7])
+def test_the_gradient_is_that_of_the_formula(over: str, preserve: float) -> None:
     view = FakeView()
-    problem, batch = expectation(view, weights={"over": over})
+    problem, batch = expectation(view, weights={"over": over, "preserve": preserve})
     delta = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.03
     found = problem.gradient(0, delta, SeedBank(SEEDS[:3]), 0)
     live = delta.clone().requires_grad_()
     images = (batch.images + live).clamp(0, 1)
+    loss = formula(view, batch, images, over)
+    if preserve:
+        asked = batch.questions, batch.answers
+        before, real = view.answer_logprobs(batch.images, *asked)
+        after, _ = view.answer_logprobs(images, *asked)
+        loss = loss + preserve * answer_divergence(before, after, real)
+    (wanted,) = torch.autograd.grad(loss.sum(), live)
+    free = (images.detach() > 0) & (images.detach() < 1)
+    torch.testing.assert_close(found[free], wanted[free], atol=1e-6, rtol=1e-4)
+
+
+def formula(view: FakeView, batch: Any, images: Tensor, over: str = "interior") -> Tensor:
+    """BPR + 0.5·query + 0.25·erase where nothing is transformed."""
     ranking, clean = view.rank(images, batch.questions), view.rank(batch.images, batch.questions)
     # Patches of 4 pixels in a frame of 4: the border is the outer ring of the 4 × 4 tokens.
     ring = torch.ones(4, 4, dtype=torch.bool)
@@ -240,25 +265,17 @@ def test_the_gradient_is_that_of_the_formula(over: str) -> None:
         assert int(down.sum()) > 0
     assert clean.query is not None
     assert ranking.keys is not None
-    loss = (
+    return (
         bpr(ranking.log_score, up, down, 0.8)
         + 0.5 * query_misalignment(ranking.keys, clean.query, up)
         + 0.25 * remaining_content(ranking.features, clean.features.detach(), up)
     )
-    (wanted,) = torch.autograd.grad(loss.sum(), live)
-    free = (images.detach() > 0) & (images.detach() < 1)
-    torch.testing.assert_close(found[free], wanted[free], atol=1e-6, rtol=1e-4)
 
 
-def test_the_judge_is_the_mean_ranking_loss_without_transformations() -> None:
+def test_the_judge_takes_the_finished_picture_as_it_is() -> None:
     problem, batch = expectation(FakeView(), views={"diversity": 1.0, "crops": 2})
-    view = FakeView()
-    found = problem.judge(batch.images)
-    ring = torch.ones(4, 4, dtype=torch.bool)
-    ring[1:3, 1:3] = False
-    up = ring.flatten().expand(3, -1)
-    score = view.rank(batch.images, batch.questions).log_score
-    torch.testing.assert_close(found, bpr(score, up, ~up, 0.8))
+    images = (batch.images + 0.05).clamp(0, 1)
+    torch.testing.assert_close(problem.judge(images), formula(FakeView(), batch, images))
 
 
 def test_similarity_pulls_the_features_on_a_crop_towards_those_on_the_picture() -> None:
@@ -267,7 +284,8 @@ def test_similarity_pulls_the_features_on_a_crop_towards_those_on_the_picture() 
     crops = {"crops": 2, "crop_scale": 0.2}
     plain, batch = expectation(view, views=crops)
     pulled, _ = expectation(view, views=crops, weights={"similarity": 0.5})
-    plain.canvas = pulled.canvas = 0.2 + 0.6 * batch.images  # far from the ends of the clamp
+    calm = replace(batch, images=0.2 + 0.6 * batch.images)  # far from the ends of the clamp
+    plain.batch = pulled.batch = calm
     found = pulled.gradient(0, delta, rng, 0) - plain.gradient(0, delta, rng, 0)
     live = delta.clone().requires_grad_()
     ring = (frame(delta, 0.25)[:, :, 2::4, 2::4] > 0).view(3, 16, 1)
