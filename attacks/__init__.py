@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attacks.errors import AttackError
     from attacks.fata import FATA
     from attacks.fgsm import FGSM
+    from attacks.margin_split import MarginSplit
     from attacks.minimal import Minimal
     from attacks.noise import Noise
     from attacks.pgd import PGD
@@ -50,6 +51,7 @@ __all__ = [
     "AttentionOnly",
     "Budget",
     "Descent",
+    "MarginSplit",
     "Minimal",
     "Noise",
     "Proposal",
@@ -79,6 +81,7 @@ _HOME = {
     "Descent": "descent",
     "FATA": "fata",
     "FGSM": "fgsm",
+    "MarginSplit": "margin_split",
     "Minimal": "minimal",
     "Noise": "noise",
     "PGD": "pgd",

@@ -14,6 +14,8 @@ from targets.base import CALLS, Knowledge, Surrogate, WhiteBoxView, includes
 from targets.errors import KnowledgeError
 
 _QUERIES = frozenset({"ask", "option_scores"})
+_TWICE = frozenset({"path_margins"})
+"""Calls that run the language model twice, and count as two passes."""
 _FREE = frozenset({"token_mask_to_pixels", "tower_depth", "project", "concepts"})
 
 
@@ -96,12 +98,14 @@ class MeteredView:
         if call in _QUERIES:
             self._meter.queries += len(images)
             return images
-        self._meter.forwards += len(images)
+        passes = 2 if call in _TWICE else 1
+        self._meter.forwards += passes * len(images)
         if not images.requires_grad:
             return images
         alias = images.view_as(images)  # a hook on `images` itself would fire for every pass
-        alias.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        hook = functools.partial(self._count_backward, passes)
+        alias.register_hook(hook)  # type: ignore[no-untyped-call]
         return alias
 
-    def _count_backward(self, gradient: Tensor) -> None:
-        self._meter.backwards += len(gradient)
+    def _count_backward(self, passes: int, gradient: Tensor) -> None:
+        self._meter.backwards += passes * len(gradient)

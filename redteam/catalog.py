@@ -65,6 +65,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "apgd": "attacks.apgd:APGD",
         "fgsm": "attacks.fgsm:FGSM",
         "caa": "attacks.caa:CAA",
+        "margin_split": "attacks.margin_split:MarginSplit",
         "transfer_caa": "attacks.transfer_caa:TransferCAA",
         "cage": "attacks.cage:CAGE",
         "fata": "attacks.fata:FATA",

@@ -49,6 +49,7 @@ CALLS: Final = {
     "answer_nll": Knowledge.WHITE_BOX,
     "answer_logprobs": Knowledge.WHITE_BOX,
     "full_and_rank": Knowledge.WHITE_BOX,
+    "path_margins": Knowledge.WHITE_BOX,
     "option_logprobs": Knowledge.WHITE_BOX,
     "project": Knowledge.WHITE_BOX,
     "concepts": Knowledge.WHITE_BOX,
@@ -184,6 +185,23 @@ class Continuation:
 
     ids: Tensor
     real: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PathMargins:
+    """How firmly a model gives certain answers with all visual tokens and compressed; live.
+
+    A margin is the log-probability of an answer's token minus that of the likeliest other token, of
+    the answer's tokens (end token included) the smallest. Above 0, greedy decoding gives exactly
+    this answer.
+
+    Attributes:
+        full: ``[B]``, with all visual tokens.
+        compressed: ``[B]``, through the compressor.
+    """
+
+    full: Tensor
+    compressed: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +354,26 @@ class WhiteBoxView(CompressedView, Protocol):
         under: Compressor | None = None,
     ) -> tuple[Tensor, Tensor, Ranking]:
         """`answer_logprobs` on the full path and `rank`, sharing one forward pass."""
+        ...
+
+    def path_margins(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        answers: tuple[str, ...],
+        *,
+        under: Compressor | None = None,
+    ) -> PathMargins:
+        """Margins of the answers on both paths; one vision tower, two passes behind it.
+
+        The compressed path is straight-through, see `answer_nll`.
+
+        Args:
+            images: ``[B, 3, H, W]`` in [0, 1].
+            questions: B prompts.
+            answers: B answers, teacher-forced.
+            under: a compressor the attacker imagines on the compressed path.
+        """
         ...
 
     def option_logprobs(

@@ -19,6 +19,7 @@ from targets.base import (
     ImageView,
     Knowledge,
     Path,
+    PathMargins,
     Ranking,
     Surrogate,
     TowerLayer,
@@ -241,6 +242,17 @@ class _Calls:
         using = self.known("view.full_and_rank", under)
         found, talk, ranking = self._passes.full_and_rank(images, questions, answers, using)
         return found, talk.real, ranking
+
+    def path_margins(
+        self,
+        images: Tensor,
+        questions: Questions,
+        answers: Questions,
+        *,
+        under: Compressor | None = None,
+    ) -> PathMargins:
+        using = self.known("view.path_margins", under)
+        return self._passes.path_margins(images, questions, answers, using)
 
     def option_logprobs(
         self,
