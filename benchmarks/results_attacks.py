@@ -21,7 +21,7 @@ import yaml
 from results_scenes import arrow, diagnosis, interval, low, value
 
 SCENARIO = Path("scenarios/attacks.yaml")
-OURS = "evidence_margin"
+OURS = "margin_split"
 NOT_PUBLISHED = frozenset({OURS, "suite", "minimal"})
 CONTROLS = frozenset({"noise"})
 COMPARED_AT = 4 / 255
