@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -94,6 +95,12 @@ def test_a_goal_has_its_members_from_cheap_to_dear() -> None:
     assert "pgd_full" in members_for("full")
     assert "caa" in members_for("compression_only")
     assert "pgd_full" not in members_for("compression_only")
+
+
+def test_the_page_names_every_member() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    section = page.partition("### `suite`")[2].partition("### `minimal`")[0]
+    assert [name for name in MEMBERS if f"`{name}`" not in section] == []
 
 
 def test_an_unknown_member_is_refused_with_what_there_is() -> None:
