@@ -45,8 +45,7 @@ class ArtAttack(LibraryAttack):
         attack: name of the library's class.
         path: of attacks that use gradients: ``full`` attacks the model with all visual tokens and
             does not know the compressor; ``compressed`` attacks through it, with a straight-through
-            gradient of the selection. None is ``full``. Attacks that ask the deployed target have
-            no choice.
+            gradient of the selection. Attacks that ask the deployed target have no choice.
         norm: norm of the ball, and of the attack where it has that choice.
         params: parameters of the library's constructor, (name, value); a step size that is not
             given keeps the library's own ratio to epsilon.

@@ -177,8 +177,7 @@ class LibraryAttack(Attack):
         attack: name of the library's class.
         path: of attacks that use gradients: ``full`` attacks the model with all visual tokens and
             does not know the compressor; ``compressed`` attacks through it, with a straight-through
-            gradient of the selection. None is ``full``. Attacks that ask the deployed target have
-            no choice.
+            gradient of the selection. Attacks that ask the deployed target have no choice.
         norm: norm of the ball, and of the attack where it has that choice.
         params: parameters of the library's constructor, (name, value); a step size that is not
             given keeps the library's own ratio to epsilon.
@@ -191,7 +190,7 @@ class LibraryAttack(Attack):
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
     attack: str
-    path: Literal["full", "compressed"] | None = None
+    path: Literal["full", "compressed"] = "full"
     norm: Literal["linf", "l2"] = "linf"
     params: tuple[tuple[str, int | float | bool | str | tuple[int | float, ...] | None], ...] = ()
 
@@ -199,7 +198,7 @@ class LibraryAttack(Attack):
         """Check the name, the path and every parameter."""
         super().__post_init__()
         self.library.needs(self.attack)
-        if self.path is not None and self.needs is not Knowledge.WHITE_BOX:
+        if self.path == "compressed" and self.needs is not Knowledge.WHITE_BOX:
             raise AttackError(
                 f"{self._label} has no path: it uses no gradients and asks the deployed, "
                 "compressed target; leave the option out"
@@ -273,7 +272,7 @@ class LibraryAttack(Attack):
         for rows in self._groups(batch):
             part = batch.rows(rows)
             model = OptionLogits(
-                view, part, path=self.path or "full", deployed=self.needs is Knowledge.SCORES
+                view, part, path=self.path, deployed=self.needs is Knowledge.SCORES
             )
             found = self._run(model, part, budget, seeds[rows[0]])
             images[rows] = found

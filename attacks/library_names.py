@@ -5,6 +5,7 @@ Importing this module costs nothing: neither torch nor a library is loaded.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -46,8 +47,10 @@ class Library:
             return self.offered[attack]
         if attack in self.unsuitable:
             raise AttackError(f"{self.name}.{attack} is not offered: {self.unsuitable[attack]}")
+        near = difflib.get_close_matches(attack, [*self.offered, *self.unsuitable], n=1)
         raise AttackError(
-            f"attack {self.name} has no {attack!r}; allowed: {', '.join(sorted(self.offered))}"
+            f"{self.name} has no attack {attack!r}; allowed: {', '.join(sorted(self.offered))}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )
 
 

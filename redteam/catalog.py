@@ -95,6 +95,14 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
     },
 }
 
+FAMILIES: Final[Mapping[Kind, Mapping[str, str]]] = {
+    "attacks": {
+        "torchattacks": "attacks.torchattacks_library:TorchAttack",
+        "art": "attacks.art_library:ArtAttack",
+    },
+}
+"""Methods of other libraries, written ``torchattacks.MIFGSM``: what stands before the dot."""
+
 _ONE: Final[Mapping[Kind, str]] = {
     "targets": "target",
     "compressors": "compressor",
@@ -113,12 +121,14 @@ class Entry:
         name: as scenarios write it.
         value: ``module:Class``.
         package: distribution it comes from; "" for our own.
+        part: of a library's method, its name in the library; else "".
     """
 
     kind: Kind
     name: str
     value: str
     package: str = ""
+    part: str = ""
 
     @property
     def module(self) -> str:
@@ -153,35 +163,65 @@ def entries(kind: Kind) -> dict[str, Entry]:
     return found
 
 
+def names(kind: Kind) -> list[str]:
+    """What a scenario can write as a type, the methods of each library as one."""
+    return [*entries(kind), *(f"{family}.*" for family in FAMILIES.get(kind, {}))]
+
+
 def find(kind: Kind, name: str) -> Entry:
     """The entry of a name.
 
     Raises:
-        CatalogError: for an unknown name, listing what exists and the nearest.
+        CatalogError: for an unknown name, listing what exists and the nearest; for a method of a
+            library that is not offered, saying why.
     """
     known = entries(kind)
     if name in known:
         return known[name]
-    hint = nearest(name, known)
+    found = of_library(kind, name)
+    if found is not None:
+        return found
+    hint = nearest(name, names(kind))
     raise CatalogError(
-        f"there is no {one(kind)} {name!r}; known: {', '.join(known)}"
+        f"there is no {one(kind)} {name!r}; known: {', '.join(names(kind))}"
         + (f"; {hint}" if hint else "")
     )
 
 
+def of_library(kind: Kind, name: str) -> Entry | None:
+    """The entry of a library's method; None if the name is of none. Loads no library.
+
+    Raises:
+        CatalogError: the library has no such method, or it is not offered.
+    """
+    family, _, part = name.partition(".")
+    value = FAMILIES.get(kind, {}).get(family)
+    if value is None:
+        return None
+    from attacks.errors import AttackError
+    from attacks.library_names import LIBRARIES
+
+    try:
+        LIBRARIES[family].needs(part)
+    except AttackError as error:
+        raise CatalogError(str(error)) from error
+    return Entry(kind, name, value, part=part)
+
+
 def load(entry: Entry) -> Any:  # noqa: ANN401 - a class of any method
-    """Import the class of an entry.
+    """Import the class of an entry; of a library's method, what makes it from its options.
 
     Raises:
         CatalogError: if it cannot be imported or is not there.
     """
     try:
-        return getattr(import_module(entry.module), entry.attribute)
+        found = getattr(import_module(entry.module), entry.attribute)
     except (ImportError, AttributeError) as error:
         origin = f" of package {entry.package!r}" if entry.package else ""
         raise CatalogError(
             f"{one(entry.kind)} {entry.name!r}{origin} cannot be loaded from {entry.value}: {error}"
         ) from error
+    return found.named(entry.part) if entry.part else found
 
 
 def _package(point: EntryPoint) -> str:

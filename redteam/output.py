@@ -15,6 +15,7 @@ from reports.text import count, epsilon_text, plain
 from reports.verdict import ExitCode, Verdict
 
 if TYPE_CHECKING:
+    from redteam.catalog import Entry
     from redteam.doctor import Finding
     from redteam.plan import Plan
     from redteam.runner import Finished
@@ -243,7 +244,7 @@ def show_listing(what: str, name: str | None, *, as_json: bool) -> None:
     rows = _metrics() if what == "metrics" else _methods(what)
     if name is not None:
         known = [row["name"] for row in rows]
-        rows = [row for row in rows if row["name"] == name]
+        rows = [row for row in rows if row["name"] == name] or _of_library(what, name)
         if not rows:
             hint = nearest(name, known)
             raise UsageError(
@@ -288,34 +289,74 @@ def _metrics() -> list[dict[str, Any]]:
 
 
 def _methods(kind: str) -> list[dict[str, Any]]:
-    from redteam.annotations import describe
-    from redteam.catalog import KINDS, entries
-    from redteam.signature import REQUIRED, signature
+    from redteam.catalog import FAMILIES, KINDS, entries
 
     (found,) = (one for one in KINDS if one == kind)
-    rows = []
-    for entry in entries(found).values():
-        read = signature(entry)
-        rows.append(
+    rows = [_row(entry) for entry in entries(found).values()]
+    return rows + [_family(family, value) for family, value in FAMILIES.get(found, {}).items()]
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    from redteam.annotations import describe
+    from redteam.signature import REQUIRED, signature
+
+    read = signature(entry)
+    return {
+        "name": entry.name,
+        "summary": read.summary,
+        "class": entry.value,
+        "package": entry.package or "redteam",
+        "knowledge": read.facts.get("knowledge"),
+        "options": [
             {
-                "name": entry.name,
-                "summary": read.summary,
-                "class": entry.value,
-                "package": entry.package or "redteam",
-                "knowledge": read.facts.get("knowledge"),
-                "options": [
-                    {
-                        "name": option.name,
-                        "allowed": describe(option.annotation),
-                        "required": option.default is REQUIRED,
-                        "default": None if option.default is REQUIRED else option.default,
-                        "help": option.help,
-                    }
-                    for option in read.options.values()
-                ],
+                "name": option.name,
+                "allowed": describe(option.annotation),
+                "required": option.default is REQUIRED,
+                "default": None if option.default is REQUIRED else option.default,
+                "help": option.help,
             }
-        )
-    return rows
+            for option in read.options.values()
+        ],
+    }
+
+
+def _family(family: str, value: str) -> dict[str, Any]:
+    """A library's methods as one line; loads no library."""
+    from attacks.library_names import LIBRARIES
+
+    library = LIBRARIES[family]
+    return {
+        "name": f"{family}.*",
+        "summary": f"{len(library.offered)} attacks of {library.title} {library.version} by name, "
+        f"such as {family}.{next(iter(library.offered))}; all of them: redteam list attacks "
+        f"{family}",
+        "class": value,
+        "package": library.title,
+        "knowledge": None,
+        "options": [],
+    }
+
+
+def _of_library(kind: str, name: str) -> list[dict[str, Any]]:
+    """The methods of a library, or one of them with its parameters; none for any other name."""
+    from attacks.library_names import LIBRARIES
+    from redteam.catalog import FAMILIES, KINDS, of_library
+
+    (found,) = (one for one in KINDS if one == kind) if kind in KINDS else (None,)
+    library = LIBRARIES.get(name)
+    if found is None or name.partition(".")[0] not in FAMILIES.get(found, {}):
+        return []
+    if library is None:
+        entry = of_library(found, name)
+        return [] if entry is None else [_row(entry)]
+    rows = [
+        {"name": f"{name}.{one}", "summary": f"knowledge {needs.value}", "knowledge": needs.value}
+        for one, needs in library.offered.items()
+    ]
+    return rows + [
+        {"name": f"{name}.{one}", "summary": f"not offered: {why}", "knowledge": None}
+        for one, why in library.unsuitable.items()
+    ]
 
 
 def show_findings(findings: list[Finding]) -> ExitCode:

@@ -89,6 +89,8 @@ def signature(entry: Entry) -> Signature:
     """
     if entry.module.partition(".")[0] not in OURS:
         return _imported(entry)
+    if entry.part:
+        return _of_library(entry)
     found = _Class.find(entry.module, entry.attribute)
     docs = inspect.cleandoc(ast.get_docstring(found.node) or "")
     helps = argument_help(docs)
@@ -98,6 +100,38 @@ def signature(entry: Entry) -> Signature:
         for name, (annotation, default) in fields.items()
     }
     return Signature(entry, options, _summary(docs), found.facts())
+
+
+def _of_library(entry: Entry) -> Signature:
+    """The signature of a library's method: our options of all of them, and its own parameters.
+
+    Raises:
+        CatalogError: the library is not installed.
+    """
+    from attacks.errors import AttackError
+    from attacks.libraries import load_class, parameters
+    from attacks.library_names import LIBRARIES
+
+    found = _Class.find(entry.module, entry.attribute)
+    helps = argument_help(inspect.cleandoc(ast.get_docstring(found.node) or ""))
+    options = {
+        name: Option(name, annotation, default, helps.get(name, ""))
+        for name, (annotation, default) in found.fields().items()
+        if name not in ("attack", "params")
+    }
+    library = LIBRARIES[entry.name.partition(".")[0]]
+    if library.needs(entry.part).value != "white_box":
+        del options["path"]  # it asks the deployed target, or nothing
+    try:
+        docs = inspect.getdoc(load_class(library, entry.part)) or ""
+        for one_of in parameters(library.name, entry.part).values():
+            options[one_of.name] = Option(
+                one_of.name, one_of.annotation, one_of.default, one_of.help
+            )
+    except AttackError as error:
+        raise CatalogError(str(error)) from error
+    facts = {**found.facts(), "name": entry.name, "knowledge": library.needs(entry.part).value}
+    return Signature(entry, options, _summary(docs), facts)
 
 
 def _imported(entry: Entry) -> Signature:

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Interval, Len, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from redteam.annotations import contains
-from redteam.catalog import Entry, Kind, entries, one
+from redteam.catalog import Entry, Kind, entries, find, names, of_library, one
 from redteam.document import Location
 from redteam.errors import CatalogError, nearest
 from redteam.findings import Findings, annotation_at, epsilon_hint, shown
@@ -87,6 +87,14 @@ class EngineOptions(BaseModel):
     device: str = "auto"
 
 
+class AnswerOptions(BaseModel):
+    """How the target answers; greedily in any case."""
+
+    model_config = _STRICT
+
+    max_new_tokens: Annotated[int, Interval(ge=1, le=4096)] = 16
+
+
 class ChecksOptions(BaseModel):
     """Self-checks that cost something."""
 
@@ -112,6 +120,7 @@ class Header(BaseModel):
     defenses: list[Any] = Field(default_factory=list)
     gates: list[Gate] = Field(default_factory=list)
     engine: EngineOptions = EngineOptions()
+    answers: AnswerOptions = AnswerOptions()
     checks: ChecksOptions = ChecksOptions()
 
 
@@ -167,20 +176,23 @@ def check_method(kind: Kind, raw: object, location: Location, findings: Findings
         return None
     if kind == "compressors" and "stages" in raw and raw.get("type", PIPELINE) == PIPELINE:
         return _pipeline(raw, location, findings)
-    name = raw.get("type")
-    if name not in known or not isinstance(name, str):
-        where = (*location, "type")
-        if "type" not in raw:
-            findings.add(where, "is missing", allowed=", ".join(known))
-        else:
-            message = f"there is no {one(kind)} {shown(name)}"
-            findings.add(where, message, allowed=", ".join(known), hint=nearest(name, known))
-        return None
+    name, where = raw.get("type"), (*location, "type")
     try:
-        model = options_model(known[name])
+        entry = known.get(name) or of_library(kind, name) if isinstance(name, str) else None
+        if "type" not in raw:
+            findings.add(where, "is missing", allowed=", ".join(names(kind)))
+        elif entry is None:
+            message = f"there is no {one(kind)} {shown(name)}"
+            findings.add(
+                where, message, allowed=", ".join(names(kind)), hint=nearest(name, names(kind))
+            )
+        if entry is None or not isinstance(name, str):
+            return None
+        model = options_model(entry)
     except CatalogError as error:
-        findings.add((*location, "type"), str(error))
+        findings.add(where, str(error))
         return None
+    raw = _without_ours(entry, raw, location, findings)
     try:
         values = model.model_validate(_tuples(raw, model)).model_dump()
     except ValidationError as error:
@@ -191,6 +203,21 @@ def check_method(kind: Kind, raw: object, location: Location, findings: Findings
     found = Raw(kind, name, values, label or "", tuple(epsilons) if epsilons else None, location)
     _check_budget(found, findings)
     return found
+
+
+def _without_ours(
+    entry: Entry, raw: Mapping[str, Any], location: Location, findings: Findings
+) -> Mapping[str, Any]:
+    """The options without parameters of a library's method that follow from the scenario."""
+    if not entry.part:
+        return raw
+    from attacks.library_names import OURS
+
+    for key in OURS.keys() & raw.keys():
+        findings.add(
+            (*location, key), f"{key!r} follows from the scenario", hint=OURS[key], key=True
+        )
+    return {key: value for key, value in raw.items() if key not in OURS}
 
 
 def _pipeline(raw: Mapping[str, Any], location: Location, findings: Findings) -> Raw | None:
@@ -242,11 +269,14 @@ def _check_budget(found: Raw, findings: Findings) -> None:
     options = found.options
     if found.kind == "compressors" and {"retention", "keep_tokens"} <= options.keys():
         given = [key for key in ("retention", "keep_tokens") if options[key] is not None]
-        if len(given) != 1:
+        facts = signature(entries(found.kind)[found.type]).facts
+        fewest = 0 if facts.get("budget_optional") else 1
+        if not fewest <= len(given) <= 1:
+            how = "exactly one" if fewest else "at most one"
             findings.add(
                 found.location,
                 f"gives {' and '.join(given) or 'neither retention nor keep_tokens'}",
-                allowed="exactly one of retention (kept ÷ all, in (0, 1]) and keep_tokens",
+                allowed=f"{how} of retention (kept ÷ all, in (0, 1]) and keep_tokens",
             )
     for index, epsilon in enumerate(found.epsilons or ()):
         if epsilon > 1 and options.get("norm") != "l2":
@@ -261,7 +291,7 @@ def _check_budget(found: Raw, findings: Findings) -> None:
 
 def check_paths(found: Raw, folder: Path, findings: Findings) -> None:
     """Find out now, not after minutes, that a file is missing."""
-    facts = signature(entries(found.kind)[found.type]).facts
+    facts = signature(find(found.kind, found.type)).facts
     for option in facts.get("paths", ()):
         value = str(found.options[option])
         if found.options[option] is None:
