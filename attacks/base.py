@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from attacks.metering import Meter, MeteredView
 from attacks.options import check_options
 from attacks.seeds import SeedBank
 from targets.base import Batch, ImageView, Knowledge
+
+if TYPE_CHECKING:
+    from targets.compression.base import Compressor
 
 TRACE_POINTS = 64
 """Length to which a loss trace is thinned; checks see it whole."""
@@ -99,6 +102,8 @@ class Attack(ABC):
 
     name: ClassVar[str]
     knowledge: ClassVar[Knowledge]
+    sometimes_idle: ClassVar[bool] = False
+    """Whether there are compressors it cannot do anything about; `idle` then says which."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -122,6 +127,11 @@ class Attack(ABC):
         depend on it all the same.
         """
         return self.needs in _COMPRESSION_AWARE
+
+    def idle(self, compressor: Compressor) -> str | None:
+        """Why it cannot do anything about a compressor; None if it can. See `sometimes_idle`."""
+        del compressor
+        return None
 
     def budget(self, epsilon: float) -> Budget:
         """The budget at a radius; attacks with steps, alpha, restarts or a norm pass them on."""

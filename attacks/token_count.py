@@ -63,6 +63,7 @@ class TokenCount(Attack):
 
     name: ClassVar[str] = "token_count"
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
+    sometimes_idle: ClassVar[bool] = True
 
     direction: Literal["more", "fewer"] = "more"
     preserve: Literal["compressed", "full", "none"] = "compressed"

@@ -49,6 +49,20 @@ def mismatches(scenario: Scenario) -> list[Problem]:
     return found
 
 
+def cautions(scenario: Scenario) -> tuple[str, ...]:
+    """What can run but not do anything, one sentence for each attack and compression.
+
+    Imports only attacks that say of themselves that they are sometimes idle, and with them torch.
+    """
+    return tuple(
+        f"attack {attack.label} leaves all pictures as they are against {compression.label}: {why}."
+        for attack in scenario.attacks
+        if attack.signature.facts.get("sometimes_idle")
+        for compression in scenario.compressions
+        if (why := attack.create().idle(compression.create()))
+    )
+
+
 def _attack_on(
     attack: Method, target: Method, offered: frozenset[str], scenario: Scenario
 ) -> list[Problem]:

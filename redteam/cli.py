@@ -181,7 +181,7 @@ def validate(
     seed: Seed = None,
 ) -> None:
     """Check a scenario without loading any model; at once."""
-    from redteam.capabilities import mismatches
+    from redteam.capabilities import cautions, mismatches
     from redteam.errors import ScenarioError
     from redteam.output import show_valid
 
@@ -193,6 +193,7 @@ def validate(
     if paths and all(checked.dataset.options[key] is not None for key in paths):
         checked.dataset.create().open()
     show_valid(checked)
+    _warn(cautions(checked))
 
 
 @app.command()
@@ -204,11 +205,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would run and about how long it takes; loads no model."""
+    from redteam.capabilities import cautions
     from redteam.output import show_plan
     from redteam.plan import make_plan
 
     checked = _load(scenario, overrides, limit=limit, seed=seed)
     show_plan(make_plan(checked), len(checked.dataset.create().open()), as_json=as_json)
+    _warn(cautions(checked))
 
 
 @app.command("list")
@@ -268,6 +271,12 @@ def init(
     from redteam.output import write_template
 
     write_template(path, template, force=force)
+
+
+def _warn(cautions: tuple[str, ...]) -> None:
+    """Say on standard error what is allowed but will come to nothing."""
+    for caution in cautions:
+        typer.echo(f"! {caution}", err=True)
 
 
 def _quieten() -> None:

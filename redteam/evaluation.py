@@ -50,6 +50,7 @@ class Reply:
         selection: the same in the target's own form, to be forced upon another image.
         seconds: this sample's share of the batch.
         left: visual tokens in the last layer of the language model; None without compression.
+        generated: tokens of the answer, the end token included.
     """
 
     answer: Answer
@@ -57,6 +58,7 @@ class Reply:
     selection: Selection | None
     seconds: float
     left: int | None = None
+    generated: int = 0
 
 
 Replies = dict[int, Reply | Failure]
@@ -83,11 +85,13 @@ class Asker:
         model: the target.
         batcher: how to batch; remembers what fits into memory.
         seed: of the run.
+        max_new_tokens: most tokens of an answer.
     """
 
-    def __init__(self, model: LVLM, batcher: Batcher, seed: int) -> None:
+    def __init__(self, model: LVLM, batcher: Batcher, seed: int, max_new_tokens: int) -> None:
         self.model = model
         self.batcher = batcher
+        self.max_new_tokens = max_new_tokens
         self._seed = seed
         self._methods: dict[tuple[str, str], Any] = {}
         self._places: dict[tuple[int, int], Places] = {}
@@ -153,7 +157,7 @@ class Asker:
             images = self.instance(defense)(images, seeds)
         questions = [shot.sample.question for shot in shots]
         if compression is None:
-            return self.model.answer(images, questions)
+            return self.model.answer(images, questions, max_new_tokens=self.max_new_tokens)
         return self.model.answer(
             images,
             questions,
@@ -161,6 +165,7 @@ class Asker:
             kept=forced,
             # A compressor that draws draws the same for the clean and the attacked image.
             seeds=self._seeds(compression, shots),
+            max_new_tokens=self.max_new_tokens,
         )
 
     def _seeds(self, method: Method, shots: Iterable[Shot]) -> list[int]:
@@ -201,4 +206,5 @@ def _reply(answered: Answered, row: int, sample: Sample) -> Reply:
         selection=answered.selection[row] if answered.selection is not None else None,
         seconds=answered.seconds / len(answered.texts),
         left=None if answered.left is None else int(answered.left[row]),
+        generated=answered.generated[row] if answered.generated else 0,
     )

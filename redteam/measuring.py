@@ -177,7 +177,8 @@ def _open(scenario: Scenario, target: Method, device: str) -> Asker:
         model = target.create().load(device)
     except TargetError as error:
         raise PlanError(str(target.problem(str(error)))) from error
-    return Asker(model, Batcher(scenario.engine.batch_size), scenario.seed)
+    limit = scenario.answers.max_new_tokens
+    return Asker(model, Batcher(scenario.engine.batch_size), scenario.seed, limit)
 
 
 def _screened(scenario: Scenario, samples: Samples, device: str) -> tuple[Samples, dict[str, Any]]:

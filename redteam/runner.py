@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from redteam import provenance
+from redteam.capabilities import cautions
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import without
 from redteam.engines.local import LocalEngine
@@ -119,11 +120,13 @@ def _screened(
 
 def _notes(scenario: Scenario) -> tuple[str, ...]:
     names = ", ".join(one.label for one in scenario.defenses if one.type != "none")
+    idle = cautions(scenario)
     if not names:
-        return ()
+        return idle
     return (
         f"attacks do not adapt to defences in this version, so results of {names} are "
         "UNVERIFIED (upper bound).",
+        *idle,
     )
 
 

@@ -24,6 +24,7 @@ from redteam.labels import assign_labels
 from redteam.signature import Signature, signature
 from redteam.validation import (
     PIPELINE,
+    AnswerOptions,
     ChecksOptions,
     EngineOptions,
     Header,
@@ -125,6 +126,7 @@ class Scenario:
         gates: with `where` resolved to labels.
         engine: how to run it.
         checks: self-checks that cost something.
+        answers: how the target answers.
         path: of the file.
         text: of the file, with the overrides as comments at its head.
         overrides: ``key=value`` from the command line.
@@ -145,6 +147,7 @@ class Scenario:
     overrides: tuple[str, ...] = ()
     surrogates: tuple[Method, ...] = ()
     checks: ChecksOptions = field(default_factory=ChecksOptions)
+    answers: AnswerOptions = field(default_factory=AnswerOptions)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides results, as plain JSON data.
@@ -165,6 +168,7 @@ class Scenario:
             "gates": [gate.model_dump(mode="json", exclude={"line"}) for gate in self.gates],
             **({"surrogates": list(map(_named, self.surrogates))} if self.surrogates else {}),
             **({"checks": self.checks.model_dump()} if self.checks != ChecksOptions() else {}),
+            **({"answers": self.answers.model_dump()} if self.answers != AnswerOptions() else {}),
         }
 
     @property
@@ -308,6 +312,7 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
         gates=tuple(gates),
         engine=header.engine,
         checks=header.checks,
+        answers=header.answers,
         path=path,
         text="".join(f"# --set {item}\n" for item in overrides) + document.text,
         overrides=overrides,

@@ -9,7 +9,7 @@ import numpy as np
 
 from redteam.diagnosis import Places, compare, judge
 from redteam.pictures import Pixels, distance
-from reports.records import Answers, Cell, Effort, Swap, Tokens, Trial
+from reports.records import Answers, Cell, Demand, Demands, Effort, Swap, Tokens, Trial
 
 if TYPE_CHECKING:
     from redteam.batching import Failure
@@ -123,6 +123,12 @@ def measured(
         base_png=None if attacked.base.png == clean.png else attacked.base.png,
         effort=attacked.effort,
         made_by=attacked.made_by,
+        demands=Demands(
+            clean_full=_demand(full, places),
+            clean_compressed=_demand(compressed, places),
+            attacked_full=_demand(hit_full, places),
+            attacked_compressed=_demand(hit, places),
+        ),
         clean_png=clean.png,
         attacked_png=attacked.shot.png,
         loss=attacked.loss,
@@ -135,6 +141,14 @@ def _tokens(clean: Reply, attacked: Reply, places: Places, evidence: Bools | Non
     if clean.kept is None or attacked.kept is None:
         return None
     return compare(clean.kept, attacked.kept, places, evidence)
+
+
+def _demand(reply: Reply, places: Places) -> Demand:
+    every = len(places.boxes)
+    tokens = every if reply.left is None else reply.left
+    if tokens == every and reply.kept is not None:
+        tokens = int(reply.kept.kept.sum())
+    return Demand(tokens=tokens, generated=reply.generated, seconds=round(reply.seconds, 6))
 
 
 def _swap(swapped: Swapped | None) -> Swap | None:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports import transfer
+from reports import availability, transfer
 from reports.findings import Findings
 from reports.reading import DIAGNOSIS, HOW_TO_READ, statements
 from reports.records import Manifest, Trial
 from reports.registry import METRICS
-from reports.terminal import notes, table
+from reports.terminal import Table, notes, table
 from reports.text import count, interval, plain
 
 LIMIT = 1_000_000
@@ -48,6 +48,7 @@ def render_markdown(manifest: Manifest, summary: Mapping[str, Any], found: Findi
         _gates(summary["gates"]),
         _bullets("What stands out", [escape(one, 2_000) for one in statements(summary)]),
         _cells(summary),
+        _availability(availability.table(manifest, summary)),
         _transfer(summary.get("transfer")),
         _findings(found),
         _bullets("Before you trust it", [escape(one, 2_000) for one in notes(summary)]),
@@ -118,6 +119,14 @@ def _pair(one: Mapping[str, Any] | None, name: str) -> str:
     if one["control"] is not None:
         shown += f" (noise {interval(one['control']['metrics'][name], 2)})"
     return escape(shown + (", target among its surrogates" if one["own"] else ""))
+
+
+def _availability(shown: Table | None) -> str:
+    if shown is None:
+        return ""
+    rows = [tuple(escape(value) for value in row) for row in shown.rows]
+    body = _table(shown.columns, rows, shown.numeric)
+    return f"### Availability\n\n{availability.CAPTION}\n\n{body}"
 
 
 def _findings(found: Findings) -> str:

@@ -37,6 +37,15 @@ _MEANS: dict[str, tuple[float, float] | None] = {
     "evidence_kept_attacked": (0, 1),
     "l2": None,
     "psnr": None,
+    "tokens_clean": None,
+    "tokens_attacked": None,
+    "tokens_growth": None,
+    "length_full_clean": None,
+    "length_full_attacked": None,
+    "length_full_growth": None,
+    "length_compressed_clean": None,
+    "length_compressed_attacked": None,
+    "length_compressed_growth": None,
 }
 
 
@@ -73,7 +82,7 @@ class Row(NamedTuple):
 
 def row_of(trial: Trial) -> Row:
     """Take from a trial what the metrics need."""
-    a, swap, tokens, distance = trial.answers, trial.swap, trial.tokens, trial.distance
+    a, swap, distance = trial.answers, trial.swap, trial.distance
     return Row(
         image=trial.image,
         kind=trial.kind,
@@ -86,12 +95,32 @@ def row_of(trial: Trial) -> Row:
         reproduced=swap.reproduced if swap else None,
         diagnosis=swap.diagnosis if swap else None,
         linf=distance.linf if distance else None,
-        means=tuple(
-            getattr(distance if name in ("l2", "psnr") else tokens, name, None) for name in _MEANS
-        ),
+        means=tuple(map(_mean_values(trial).get, _MEANS)),
         sample=trial.sample,
         codes=tuple(check.partition(":")[0] for check in trial.checks),
     )
+
+
+def _mean_values(trial: Trial) -> dict[str, float | None]:
+    """The values of a trial that metrics are means of."""
+    found: dict[str, float | None] = {}
+    for part in (trial.tokens, trial.distance):
+        found |= {name: getattr(part, name) for name in _MEANS if hasattr(part, name)}
+    if trial.demands is None:
+        return found
+    clean, hit = trial.demands.clean_compressed, trial.demands.attacked_compressed
+    found |= _grown("tokens", clean.tokens, hit.tokens)
+    found |= _grown("length_compressed", clean.generated, hit.generated)
+    clean, hit = trial.demands.clean_full, trial.demands.attacked_full
+    return found | _grown("length_full", clean.generated, hit.generated)
+
+
+def _grown(name: str, clean: int, attacked: int) -> dict[str, float | None]:
+    return {
+        f"{name}_clean": clean,
+        f"{name}_attacked": attacked,
+        f"{name}_growth": attacked / clean if clean else None,
+    }
 
 
 _Test = Callable[[Row], bool | None]

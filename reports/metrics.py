@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from reports.availability import Latency
 from reports.checks import Doubt, grouped, run_checks, vetoes
 from reports.errors import ReportError
 from reports.gate import Progress, conclude, decide
@@ -129,6 +130,7 @@ def _collect(
     cells: dict[str, dict[str, Row]] = {cell.id: {} for cell in manifest.cells}
     seconds: dict[str, Counter[str]] = {cell.id: Counter() for cell in manifest.cells}
     efforts: dict[str, dict[str, tuple[Effort, str]]] = {cell.id: {} for cell in manifest.cells}
+    latency = Latency()
     for trial in trials:
         if trial.cell not in cells or trial.sample not in order:
             raise ReportError(
@@ -139,12 +141,14 @@ def _collect(
         seconds[trial.cell].update(trial.timings)
         if trial.effort is not None:
             efforts[trial.cell][trial.sample] = trial.effort, trial.made_by
+        if trial.demands is not None:
+            latency.add(trial.cell, trial.sample, trial.demands)
     rows = {
         cell: [found[sample] for sample in sorted(found, key=order.__getitem__)]
         for cell, found in cells.items()
     }
     spent = {cell: _effort(list(found.values())) for cell, found in efforts.items() if found}
-    return rows, _timings(seconds), spent
+    return rows, {**_timings(seconds), "answers": latency.means()}, spent
 
 
 def _effort(trials: Sequence[tuple[Effort, str]]) -> dict[str, Any]:

@@ -116,6 +116,27 @@ class Effort(_Record):
     """Questions to the deployed target."""
 
 
+class Demand(_Record):
+    """What one answer demanded of the model."""
+
+    tokens: int
+    """Visual tokens: those in the last layer of the language model, merged ones included. Where a
+    compressor removes none but lets attention see a part of them, that part."""
+    generated: int
+    """Tokens of the answer, the end token included where it came."""
+    seconds: float
+    """A sample's equal share of its batch, whose longest answer decides."""
+
+
+class Demands(_Record):
+    """What the four answers demanded."""
+
+    clean_full: Demand
+    clean_compressed: Demand
+    attacked_full: Demand
+    attacked_compressed: Demand
+
+
 class TrialError(_Record):
     """Why a trial could not be measured."""
 
@@ -155,6 +176,8 @@ class Trial(_Record):
     """None in ledgers from before it was recorded."""
     made_by: str = ""
     """Of an attack made of others: which of them made the image."""
+    demands: Demands | None = None
+    """None in ledgers from before they were recorded."""
     loss: list[float] = Field(default_factory=list)
     """The attack's loss trace, at most 64 points, first and last included."""
     checks: list[str] = Field(default_factory=list)

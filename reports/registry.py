@@ -45,6 +45,8 @@ _CSF = "compression-specific failures with a swap test"
 _CAA = "after CAA (arXiv 2601.12042); the exact formula is our reconstruction"
 _CIRA = 'CIRA ("Still There, No Longer Seen")'
 _PLAIN = "plain accuracy"
+_DEMANDS = "samples whose answers' demands were recorded"
+_AVAILABILITY = "availability"
 
 _ALL = (
     Metric("acc_full_clean", "Accuracy, full, clean",
@@ -136,6 +138,37 @@ _ALL = (
     Metric("psnr", "PSNR",
            "Mean peak signal-to-noise ratio of the attacked image in dB.",
            "samples with a distance whose image changed", "mean", "neither", "distance"),
+    Metric("tokens_clean", "Visual tokens, clean",
+           "Mean number of visual tokens compression leaves of the clean image.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("tokens_attacked", "Visual tokens, attacked",
+           "Mean number of visual tokens compression leaves of the attacked image.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("tokens_growth", "Visual tokens, growth",
+           "Mean over samples of the tokens left of the attacked image ÷ those left of the clean "
+           "one.",
+           "recorded demands with a token on the clean image", "mean", "lower", _AVAILABILITY),
+    Metric("length_full_clean", "Answer length, full, clean",
+           "Mean tokens of the answer with all tokens on the clean image, end token included.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("length_full_attacked", "Answer length, full, attacked",
+           "Mean tokens of the answer with all tokens on the attacked image, end token included.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("length_full_growth", "Answer length, full, growth",
+           "Mean over samples of the answer's tokens on the attacked ÷ on the clean image, with "
+           "all visual tokens.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("length_compressed_clean", "Answer length, compressed, clean",
+           "Mean tokens of the answer with compression on the clean image, end token included.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("length_compressed_attacked", "Answer length, compressed, attacked",
+           "Mean tokens of the answer with compression on the attacked image, end token "
+           "included.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("length_compressed_growth", "Answer length, compressed, growth",
+           "Mean over samples of the answer's tokens on the attacked ÷ on the clean image, with "
+           "compression.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -25,6 +25,9 @@ from targets.preprocessing import Layout
 from targets.prompts import PromptBook
 from targets.views import make_view
 
+MAX_NEW_TOKENS = 16
+"""Most tokens of an answer, unless asked for more: enough for short answers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answered:
@@ -39,6 +42,7 @@ class Answered:
         left: ``[B]`` visual tokens in the last layer of the language model, merged ones included;
             None without a compressor.
         selection: B selections that `LVLM.answer` takes back as `kept`; None without a compressor.
+        generated: tokens of each answer, the end token included where it came.
     """
 
     texts: tuple[str, ...]
@@ -47,6 +51,7 @@ class Answered:
     seconds: float
     selection: tuple[Selection, ...] | None = None
     left: Tensor | None = None
+    generated: tuple[int, ...] = ()
 
 
 class LVLM:
@@ -149,7 +154,7 @@ class LVLM:
         compressor: Compressor | None = None,
         kept: Forced = None,
         seeds: Sequence[int] | None = None,
-        max_new_tokens: int = 16,
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Answered:
         """Answer one question about each image, greedily.
 
@@ -177,14 +182,15 @@ class LVLM:
             ids = self._passes.generate(images, questions, session, max_new_tokens, compressor)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts = tuple(text.strip() for text in texts)
+        generated = tuple(self._passes.until_end(ids).sum(1).tolist())
         seconds = time.perf_counter() - started
         if session is None or session.trace.selection is None:
-            return Answered(texts, None, None, seconds)
+            return Answered(texts, None, None, seconds, generated=generated)
         selection = session.trace.selection
         rows = tuple(selection.row(index) for index in range(len(texts)))
         trace = session.trace
         left = trace.tokens[max(trace.tokens)] if trace.tokens else None
-        return Answered(texts, trace.kept, trace.score, seconds, rows, left)
+        return Answered(texts, trace.kept, trace.score, seconds, rows, left, generated)
 
     def option_scores(
         self,
@@ -251,13 +257,20 @@ class LVLM:
         """
         return pace(self._passes, images, questions, compressor, steps)
 
-    def view(self, knowledge: Knowledge, compressor: Compressor | None = None) -> ImageView:
+    def view(
+        self,
+        knowledge: Knowledge,
+        compressor: Compressor | None = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> ImageView:
         """What an attacker with this knowledge may use; anything else raises `KnowledgeError`.
 
         Args:
             knowledge: the attack's.
             compressor: the one in use, if the attacker knows it or asks the target that has it.
                 Without it a white-box view has no `rank` and no compressed path of its own.
+            max_new_tokens: most tokens of an answer to `ask`.
 
         Raises:
             KnowledgeError: for knowledge under which nothing of this model is granted, or
@@ -266,7 +279,9 @@ class LVLM:
 
         def ask(images: Tensor, questions: tuple[str, ...], compressed: bool) -> tuple[str, ...]:
             using = compressor if compressed else None
-            return self.answer(images, questions, compressor=using).texts
+            return self.answer(
+                images, questions, compressor=using, max_new_tokens=max_new_tokens
+            ).texts
 
         return make_view(self._passes, Knowledge(knowledge), compressor, ask)
 

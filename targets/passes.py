@@ -364,8 +364,12 @@ class Passes:
         session = None if compressor is None else self._session(compressor, "hard", None)
         with torch.no_grad():
             ids = self.generate(images, questions, session, length, compressor)
-        ended = torch.isin(ids, torch.tensor(sorted(self.ends), device=ids.device))
-        return Continuation(ids, ended.long().cumsum(1) - ended.long() == 0)
+        return Continuation(ids, self.until_end(ids))
+
+    def until_end(self, ids: Tensor) -> Tensor:
+        """Which of the generated ids ``[B, A]`` count: all up to the first end token, bool."""
+        ended = torch.isin(ids, torch.tensor(sorted(self.ends), device=ids.device)).long()
+        return ended.cumsum(1) - ended == 0
 
     def generation(
         self,

@@ -165,7 +165,10 @@ class LocalEngine:
         """The asker of a target, loading it if another one is loaded."""
         if self._asker is None or self._loaded != target.label:
             self._asker = self._block = None  # let the other model go first
-            self._asker = Asker(self._load(target), self._batcher, self._plan.scenario.seed)
+            scenario = self._plan.scenario
+            self._asker = Asker(
+                self._load(target), self._batcher, scenario.seed, scenario.answers.max_new_tokens
+            )
             self._loaded = target.label
         return self._asker
 
@@ -325,7 +328,7 @@ class LocalEngine:
                 [self._surrogate(one).surrogate(one.label) for one in group.surrogates]
             )
         known = None if group.known is None else asker.instance(group.known)
-        return asker.model.view(attack.needs, known)
+        return asker.model.view(attack.needs, known, max_new_tokens=asker.max_new_tokens)
 
     def _trials(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import taxonomy, text, transfer
+from reports import availability, taxonomy, text, transfer
 from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
 from reports.html import charts, svg
@@ -85,6 +85,8 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         accuracy=charts.accuracy_chart(cells),
         budgets=charts.budget_charts(cells),
         survival=charts.survival_charts(cells),
+        availability=availability.table(manifest, summary),
+        availability_caption=availability.CAPTION,
         groups=charts.grouped(cells),
         several_targets=len({cell["target"] for cell in cells}) > 1,
         tested=list(_tested(manifest)),

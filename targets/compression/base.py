@@ -243,6 +243,8 @@ class Compressor(ABC):
     """
 
     name: ClassVar[str]
+    budget_optional: ClassVar[bool] = False
+    """Whether it finds out by itself how many tokens to keep, if it is given no budget."""
     retention: float | None
     keep_tokens: int | None
 

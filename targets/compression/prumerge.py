@@ -68,6 +68,7 @@ class PruMerge(Compressor):
     """
 
     name: ClassVar[str] = "prumerge"
+    budget_optional: ClassVar[bool] = True
 
     plus: bool = False
     neighbours: Annotated[int, Ge(0)] = 32

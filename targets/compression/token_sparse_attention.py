@@ -86,6 +86,7 @@ class TokenSparseAttention(Compressor):
     """
 
     name: ClassVar[str] = "token_sparse_attention"
+    budget_optional: ClassVar[bool] = True
 
     layers: tuple[int, ...] | None = None
     coverage: Annotated[float, Interval(ge=0, lt=1)] | None = None

@@ -1,0 +1,106 @@
+"""What attacked images cost whoever answers them: visual tokens, length of answers, seconds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Final
+
+from reports.records import Demands, Manifest
+from reports.terminal import Table
+from reports.text import epsilon_text, interval, number, plain
+
+_TYPES: Final = frozenset({"verbose", "token_count"})
+"""Attacks on availability; with one of them in a run, the table is shown."""
+CAPTION: Final = (
+    "Clean → attacked, means over samples: visual tokens that compression leaves, tokens of the "
+    "answer (end token included), seconds of an answer. In brackets the mean factor with its 95 % "
+    "interval. Seconds are those of this machine, a batch's time shared out equally."
+)
+_ANSWERS: Final = ("clean_full", "clean_compressed", "attacked_full", "attacked_compressed")
+
+
+class Latency:
+    """Seconds of answers by cell; of several trials of a sample the last counts."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, dict[str, tuple[float, ...]]] = defaultdict(dict)
+
+    def add(self, cell: str, sample: str, demands: Demands) -> None:
+        """Note what the four answers of a sample took."""
+        self._seconds[cell][sample] = tuple(getattr(demands, name).seconds for name in _ANSWERS)
+
+    def means(self) -> dict[str, Any]:
+        """Mean seconds of each of the four answers, by cell."""
+        found: dict[str, dict[str, float]] = {}
+        for cell, samples in self._seconds.items():
+            columns = zip(*samples.values(), strict=True)
+            found[cell] = {
+                name: round(sum(column) / len(column), 6)
+                for name, column in zip(_ANSWERS, columns, strict=True)
+            }
+        return {"unit": "seconds of one answer, mean over samples", "cells": found}
+
+
+def table(manifest: Manifest, summary: Mapping[str, Any]) -> Table | None:
+    """Clean → attacked, one row per cell; None where nothing attacks availability.
+
+    It is shown if the run holds such an attack, or if any attack changed how many tokens are kept.
+    """
+    attacking = {
+        cell.id for cell in manifest.cells if cell.spec.get("attack", {}).get("type") in _TYPES
+    }
+    cells = [cell for cell in summary["cells"] if _known(cell)]
+    if not cells or not (attacking or any(map(_moved, cells))):
+        return None
+    seconds = summary["timings"].get("answers", {}).get("cells", {})
+    columns: list[tuple[str, bool, list[str]]] = [
+        ("target", False, [plain(cell["target"]) for cell in cells]),
+        ("compression", False, [plain(cell["compression"]) for cell in cells]),
+        ("attack", False, [plain(cell["attack"]) for cell in cells]),
+        ("defense", False, [plain(cell["defense"]) for cell in cells]),
+        ("ε", True, [epsilon_text(cell["epsilon"]) for cell in cells]),
+        ("visual tokens", True, [_change(cell, "tokens") for cell in cells]),
+        ("answer, full", True, [_change(cell, "length_full") for cell in cells]),
+        ("answer, compressed", True, [_change(cell, "length_compressed") for cell in cells]),
+        ("seconds, full", True, [_took(seconds.get(cell["id"]), "full") for cell in cells]),
+        (
+            "seconds, compressed",
+            True,
+            [_took(seconds.get(cell["id"]), "compressed") for cell in cells],
+        ),
+    ]
+    shown = [
+        column
+        for column in columns
+        if column[0] not in ("target", "defense") or len(set(column[2])) > 1
+    ]
+    return Table(
+        columns=tuple(heading for heading, _, _ in shown),
+        numeric=tuple(numeric for _, numeric, _ in shown),
+        rows=tuple(zip(*(values for _, _, values in shown), strict=True)),
+    )
+
+
+def _known(cell: Mapping[str, Any]) -> bool:
+    return cell["metrics"].get("tokens_clean", {}).get("value") is not None
+
+
+def _moved(cell: Mapping[str, Any]) -> bool:
+    clean, attacked = (cell["metrics"][f"tokens_{image}"] for image in ("clean", "attacked"))
+    return bool(clean["value"] != attacked["value"])
+
+
+def _change(cell: Mapping[str, Any], name: str) -> str:
+    """``36.0 → 54.2 (×1.51 [1.40, 1.62])``; the factor is the mean over samples."""
+    clean, attacked, grown = (
+        cell["metrics"][f"{name}_{part}"] for part in ("clean", "attacked", "growth")
+    )
+    text = f"{number(clean['value'], 1)} → {number(attacked['value'], 1)}"
+    return text if grown["value"] is None else f"{text} (×{interval(grown, 2)})"
+
+
+def _took(seconds: Mapping[str, float] | None, path: str) -> str:
+    if seconds is None:
+        return "n/a"
+    return f"{number(seconds[f'clean_{path}'], 3)} → {number(seconds[f'attacked_{path}'], 3)}"
