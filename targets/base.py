@@ -396,7 +396,8 @@ class WhiteBoxView(CompressedView, Protocol):
 
         Returns:
             Of the first answer token where that tells the options of a sample apart (one pass if
-            so for all), else of the whole option, end token included (O passes).
+            so for all), else of the whole option, end token included (O passes). A
+            single option is taken whole.
         """
         ...
 

@@ -297,8 +297,9 @@ class Passes:
         columns = list(zip(*options, strict=True))
         talks = [self.prompts.dialogue(questions, column, layout, size) for column in columns]
         first = torch.stack([talk.targets[:, 0] for talk in talks], 1)  # [B, O]
-        # Decided row by row, so that a sample's scores do not depend on its neighbours.
-        told = torch.tensor([len(set(row)) == len(row) for row in first.tolist()])
+        # Decided row by row, so that a sample's scores do not depend on its neighbours. A single
+        # option is taken whole: there is nothing to tell it apart from.
+        told = torch.tensor([1 < len(set(row)) == len(row) for row in first.tolist()])
         whole: list[Tensor] = []
         for column in columns:
             logprobs, talk = self.answer_logprobs(

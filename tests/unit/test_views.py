@@ -144,6 +144,12 @@ def test_options_alike_in_their_first_token_are_scored_whole(
         view.option_logprobs(images, QUESTIONS, (("yes",), ("a", "b")))
 
 
+def test_a_single_option_is_taken_whole(target: LVLM, images: torch.Tensor) -> None:
+    view: Any = target.view(Knowledge.WHITE_BOX, FASTV)
+    found = view.option_logprobs(images[:1], QUESTIONS[:1], (("a b",),))
+    assert torch.allclose(found, target.option_scores(images[:1], QUESTIONS[:1], ["a b"]))
+
+
 def test_rows_of_a_batch() -> None:
     batch = Batch(
         ids=("a", "b"),
