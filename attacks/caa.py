@@ -310,9 +310,13 @@ def promoted_tokens(attack: CAA, ranking: Ranking) -> Tensor:
     """P as bool ``[B, V]``: the m least important clean tokens, or the m most important.
 
     m is `promote`, or follows by `group` from the number of tokens each sample keeps; at least 1
-    token is promoted and at least 1 is not, so that there is an order to change.
+    token is promoted and at least 1 is not, so that there is an order to change. Dropped tokens
+    count as less important than kept ones, also where the score alone does not decide.
     """
-    return _lowest(attack, ranking.score, ranking.kept.sum(1))
+    score, kept = ranking.score.detach(), ranking.kept
+    order = score.argsort(dim=1, stable=True)
+    order = order.gather(1, kept.long().gather(1, order).argsort(dim=1, stable=True))
+    return _lowest(attack, order.argsort(dim=1, stable=True).double(), kept.sum(1))
 
 
 def _lowest(attack: CAA, score: Tensor, kept: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class Ranking:
     Attributes:
         score: ``[B, V]``, larger is more important; the compressor's own scale.
         log_score: ``[B, V]``, ``log(score + 1e-12)`` for scores that are probabilities (attention),
-            else the standardised score; what ranking losses should use.
+            else the standardised score, or its standardised logarithm where tokens are chosen one
+            after another by distances or gains; what ranking losses should use.
         query: ``[B, N, E]`` the query whose attention makes the score (last prompt token, or CLS),
             after rotary embedding; None when the score is not attention.
         keys: ``[B, N, V, E]`` keys of the visual tokens at the scoring layer, after rotary

@@ -126,7 +126,8 @@ class Scores:
 
     Attributes:
         score: ``[I, V]``, larger is more important, live; anything finite where not valid.
-        log_score: ``[I, V]``, its logarithm for probabilities, else standardised.
+        log_score: ``[I, V]``, its logarithm for probabilities, else standardised, of distances and
+            gains that span orders of magnitude the standardised logarithm.
         attends: whether the score is an attention, so that query and keys explain it.
         chosen: bool ``[I, V]``, where the method chooses while it scores; else None.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from targets.compression.base import Compressor, Scores, Seen, Stage
 from targets.compression.divprune import places_of
-from targets.compression.scoring import gather_rows, precise, standardised
+from targets.compression.scoring import gather_rows, precise, standardised_log
 from targets.compression.tiles import Tiles
 from targets.errors import CompressionError
 
@@ -85,7 +85,7 @@ class CDPruner(Compressor):
         gain = marginal_gain(similarity, weight, order, counts)
         score = tiles.join(gain.masked_fill(~tiles.present, 0))
         chosen = tiles.join(places_of(order, counts, tiles.present.shape[1]) < counts[:, None])
-        return Scores(score, standardised(score, seen.valid), chosen=chosen)
+        return Scores(score, standardised_log(score, seen.valid), chosen=chosen)
 
     def _relevance(self, unit: Tensor, seen: Seen) -> Tensor:
         """Mean cosine with the text, ``[I, V]``."""

@@ -10,7 +10,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor
 
 from targets.compression.base import Compressor, Scores, Seen, Stage
-from targets.compression.scoring import gather_rows, standardised
+from targets.compression.scoring import gather_rows, standardised_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ class DivPrune(Compressor):
         order = farthest_first(distance.detach(), seen.counts, seen.valid)
         score = distance_when_chosen(distance, order, seen.counts, seen.valid)
         return Scores(
-            score, standardised(score, seen.valid), chosen=marked(order, seen.counts, seen.valid)
+            score,
+            standardised_log(score, seen.valid),
+            chosen=marked(order, seen.counts, seen.valid),
         )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 TINY = 1e-12
 """Added before the logarithm of a probability."""
+FAINT = 1e-6
+"""Added before the logarithm of a distance: smaller ones are rounding."""
 
 
 def attention_row(
@@ -118,6 +120,19 @@ def standardised(score: Tensor, valid: Tensor | None = None) -> Tensor:
     centred = (score - score.sum(1, keepdim=True) / number).masked_fill(~valid, 0)
     # The deviation of a constant row has no gradient, so the floor goes under the root.
     return centred / (centred.square().sum(1, keepdim=True) / number + TINY).sqrt()
+
+
+def standardised_log(score: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`standardised` logarithm, for distances, gains and their products.
+
+    These span orders of magnitude, and where tokens are chosen one after another the largest would
+    hide the differences around the last one chosen.
+
+    Args:
+        score: ``[B, V]``, ≥ 0.
+        valid: bool ``[B, V]``, entries that count; the others become 0. None is all.
+    """
+    return standardised((score + FAINT).log(), valid)
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:

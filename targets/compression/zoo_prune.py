@@ -15,7 +15,7 @@ from targets.compression.divprune import (
     distance_when_chosen,
     marked,
 )
-from targets.compression.scoring import gather_rows, precise, standardised
+from targets.compression.scoring import gather_rows, precise, standardised_log
 from targets.errors import CompressionError
 from targets.families.base import Family
 
@@ -77,7 +77,9 @@ class ZooPrune(Compressor):
         gap = distance_when_chosen(distance, order, seen.counts, seen.valid)
         score = sensitivity * gap
         return Scores(
-            score, standardised(score, seen.valid), chosen=marked(order, seen.counts, seen.valid)
+            score,
+            standardised_log(score, seen.valid),
+            chosen=marked(order, seen.counts, seen.valid),
         )
 
     def sensitivity(self, seen: Seen) -> Tensor:

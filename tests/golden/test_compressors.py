@@ -18,6 +18,7 @@ from targets.compression.scoring import (
     attention_row,
     received_attention,
     standardised,
+    standardised_log,
     top_k_mask,
 )
 from targets.compression.trace import choose
@@ -311,6 +312,40 @@ def test_standardising_survives_constant_rows() -> None:
     (gradient,) = torch.autograd.grad((out * torch.randn(2, 3)).sum(), score)
     assert bool(gradient.isfinite().all())
     assert float(out.detach()[0].abs().max()) == 0
+
+
+def test_the_standardised_logarithm_shows_what_large_values_hide() -> None:
+    score = torch.tensor([[4.0, 1e-3, 1e-4, 7.0, 0.0]]).requires_grad_()
+    valid = torch.tensor([[True, True, True, False, True]])
+    out = standardised_log(score, valid)
+    logs = [math.log(one + 1e-6) for one in (4.0, 1e-3, 1e-4, 0.0)]
+    mean = sum(logs) / 4
+    deviation = math.sqrt(sum((one - mean) ** 2 for one in logs) / 4)
+    wanted = [(one - mean) / deviation for one in logs]
+    assert out[0, [0, 1, 2, 4]].tolist() == pytest.approx(wanted, rel=1e-5)
+    assert float(out.detach()[0, 3]) == 0
+    (gradient,) = torch.autograd.grad(out.square().sum(), score)
+    assert bool(gradient.isfinite().all())
+    plain = standardised(score, valid).detach()
+    assert (
+        float(plain[0, 1] - plain[0, 2])
+        < 1e-3
+        < 0.3
+        < float(out.detach()[0, 1] - out.detach()[0, 2])
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_divprune_gives_ranking_losses_the_logarithm_of_its_distances(seed: int) -> None:
+    what = saw(normal(2, 12, 5, seed=seed), 4)
+    scores = DivPrune(keep_tokens=4).score(what)
+    logs = (scores.score.double() + 1e-6).log()
+    wanted = (logs - logs.mean(1, keepdim=True)) / logs.std(1, keepdim=True, correction=0)
+    assert torch.allclose(scores.log_score.double(), wanted, atol=1e-4)
+    # Pushing a token over the last one chosen is what gets it chosen.
+    assert scores.chosen is not None
+    last = scores.log_score.masked_fill(~scores.chosen, torch.inf).amin(1, keepdim=True)
+    assert bool(((scores.log_score >= last) == scores.chosen).all())
 
 
 def test_columns_stay_in_order_and_the_last_stays_last() -> None:
