@@ -78,10 +78,11 @@ class Passes:
         wanted = self._tower_numbers(numbers)
         vision = self._tower(images, wanted)
         norm = self.family.final_norm() if normalised else None
-        return tuple(
-            TowerLayer(vision.hidden(number, norm), vision.attention(number).mean(1))
-            for number in wanted
-        )
+        found = {
+            number: TowerLayer(vision.hidden(number, norm), vision.attention(number).mean(1))
+            for number in set(wanted)
+        }
+        return tuple(found[number] for number in wanted)
 
     def tower_values(
         self,
