@@ -10,7 +10,7 @@ from reports.records import Demands, Manifest
 from reports.terminal import Table
 from reports.text import epsilon_text, interval, number, plain
 
-_TYPES: Final = frozenset({"verbose", "token_count"})
+TYPES: Final = frozenset({"verbose", "token_count"})
 """Attacks on availability; with one of them in a run, the table is shown."""
 CAPTION: Final = (
     "Clean → attacked, means over samples: visual tokens that compression leaves, tokens of the "
@@ -48,7 +48,7 @@ def table(manifest: Manifest, summary: Mapping[str, Any]) -> Table | None:
     It is shown if the run holds such an attack, or if any attack changed how many tokens are kept.
     """
     attacking = {
-        cell.id for cell in manifest.cells if cell.spec.get("attack", {}).get("type") in _TYPES
+        cell.id for cell in manifest.cells if cell.spec.get("attack", {}).get("type") in TYPES
     }
     cells = [cell for cell in summary["cells"] if _known(cell)]
     if not cells or not (attacking or any(map(_moved, cells))):

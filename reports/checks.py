@@ -18,8 +18,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from reports.availability import TYPES as AVAILABILITY
 from reports.gate import cell_label
-from reports.measure import Row
+from reports.measure import Row, mean_value
 from reports.records import Cell, GateSpec
 from reports.registry import METRICS
 from reports.statistics import mcnemar_exact
@@ -128,7 +129,7 @@ def run_checks(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]]) -> list
         for look in (_counted, _no_gain, _non_monotone)
         for doubt in look(run, cell)
     ]
-    doubts += _stronger_black_box(run, attacks)
+    doubts += _stronger_black_box(run, [cell for cell in attacks if not _demanding(cell)])
     order = {cell.id: index for index, cell in enumerate(cells)}
     return sorted(doubts, key=lambda doubt: order[doubt.cell.id])
 
@@ -199,6 +200,22 @@ def _failure(row: Row) -> bool:
     return row.failure
 
 
+def _demanding(cell: Cell) -> bool:
+    """The attack is on availability: it wants tokens and long answers, not wrong ones."""
+    return _options(cell).get("type") in AVAILABILITY
+
+
+def _growth(row: Row) -> float:
+    """The largest factor by which an attack raised what an answer demands; 1 if unknown."""
+    names = ("tokens_growth", "length_full_growth", "length_compressed_growth")
+    return max((value for name in names if (value := mean_value(row, name)) is not None), default=1)
+
+
+def _reached(cell: Cell, row: Row) -> bool:
+    """The attack did to a sample what it is for."""
+    return _growth(row) > 1 if _demanding(cell) else _broken(row)
+
+
 _Event = Callable[[Row], bool]
 
 
@@ -233,7 +250,7 @@ def _counted(run: _Run, cell: Cell) -> Iterator[Doubt]:
     """Codes of single samples, among those that could be broken and were not."""
     rows = [row for row in run.rows[cell.id].values() if not row.error]
     able = [row for row in rows if row.full_clean or row.compressed_clean]
-    seen = Counter(code for row in able if not _broken(row) for code in set(row.codes))
+    seen = Counter(code for row in able if not _reached(cell, row) for code in set(row.codes))
     for code, most in MAX_SHARE.items():
         if seen[code] > most * len(able) and not (code == "unfinished" and _lifted(run, cell)):
             yield Doubt(
@@ -278,22 +295,32 @@ def _no_gain(run: _Run, cell: Cell) -> Iterator[Doubt]:
         if elsewhere is not None and elsewhere[1].first_above():
             return
     noise, compared = found
-    yield Doubt(
-        "no-gain",
-        cell,
-        f"it broke {compared.first} of {count(compared.n, 'sample')} and {plain(noise.attack)} of "
-        f"the same budget {compared.second} (paired p = {compared.p:.2g})",
-    )
+    control, n = f"{plain(noise.attack)} of the same budget", count(compared.n, "sample")
+    seen = f"it broke {compared.first} of {n} and {control} {compared.second}"
+    if _demanding(cell):
+        seen = (
+            f"of {n} it made {compared.first} demand more than {control} did and "
+            f"{compared.second} less"
+        )
+    yield Doubt("no-gain", cell, f"{seen} (paired p = {compared.p:.2g})")
 
 
 def _against_noise(run: _Run, cell: Cell) -> tuple[Cell, _Paired] | None:
     """The strongest control of a cell, and the cell compared with it."""
     found = [
-        (other, _compare(run, cell, other, _broken))
+        (other, _gain(run, cell, other))
         for other in run.beside(cell)
         if other.knowledge == "none" and _area(other) == _area(cell)
     ]
     return max((one for one in found if one[1].n), key=lambda one: one[1].second, default=None)
+
+
+def _gain(run: _Run, cell: Cell, noise: Cell) -> _Paired:
+    """Samples on which an attack did more than noise, against those on which it did less."""
+    if not _demanding(cell):
+        return _compare(run, cell, noise, _broken)
+    pairs = [(_growth(mine), _growth(theirs)) for mine, theirs in run.pairs(cell, noise)]
+    return _Paired.of([(mine > theirs, theirs > mine) for mine, theirs in pairs])
 
 
 def _area(cell: Cell) -> tuple[Any, ...]:
@@ -305,6 +332,8 @@ def _area(cell: Cell) -> tuple[Any, ...]:
 
 def _non_monotone(run: _Run, cell: Cell) -> Iterator[Doubt]:
     """The same attack does more damage at a smaller budget."""
+    if _demanding(cell):
+        return
     smaller = [
         other
         for other in run.beside(cell, same_budget=False)

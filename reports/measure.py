@@ -80,6 +80,11 @@ class Row(NamedTuple):
         )
 
 
+def mean_value(row: Row, name: str) -> float | None:
+    """What a row adds to a metric that is a mean."""
+    return row.means[list(_MEANS).index(name)]
+
+
 def row_of(trial: Trial) -> Row:
     """Take from a trial what the metrics need."""
     a, swap, distance = trial.answers, trial.swap, trial.distance

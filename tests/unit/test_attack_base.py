@@ -303,7 +303,7 @@ def test_the_final_call_cannot_be_overridden() -> None:
         (PGD, {"alpha": 0.0}, "alpha is 0.0"),
         (PGD, {"alpha": "8/255"}, "alpha is '8/255'; allowed: float or None"),
         (PGD, {"momentum": 1.5}, r"momentum is 1.5; allowed: Le\(le=1\)"),
-        (PGD, {"path": "both"}, "path is 'both'; allowed: 'full', 'compressed'"),
+        (PGD, {"path": "half"}, "path is 'half'; allowed: 'full', 'compressed', 'both'"),
         (CAA, {"preset": "strict"}, "preset is 'strict'; allowed: 'paper', 'strict_preserve'"),
         (CAA, {"tau": 0.0}, "tau is 0.0"),
         (CAA, {"random_start": 1}, "random_start is 1; allowed: bool"),

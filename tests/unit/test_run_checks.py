@@ -11,7 +11,7 @@ from report_data import cell, trial
 from reports.checks import MAX_SHARE, REMEDY, Doubt, grouped, run_checks, vetoes
 from reports.gate import Progress, Verdict, decide
 from reports.measure import Row, row_of
-from reports.records import Cell, GateSpec
+from reports.records import Cell, Demand, Demands, GateSpec
 from reports.statistics import Estimate
 
 N = 40
@@ -86,6 +86,36 @@ def test_an_attack_that_beats_noise_at_another_budget_works() -> None:
 def test_noise_of_another_kind_is_no_control(other: dict[str, Any]) -> None:
     cells = [noise(**other), cell("caa")]
     assert codes(cells, {"noise": rows("noise", 0), "caa": rows("caa", 0)}) == []
+
+
+def test_an_attack_on_availability_has_to_demand_more_than_noise() -> None:
+    def demanding(id: str, tokens: list[int]) -> list[Row]:
+        one = Demand(tokens=10, generated=2, seconds=0.1)
+        return [
+            row_of(
+                trial(
+                    f"s{i}",
+                    HELD,
+                    id,
+                    checks=["unfinished: more"],
+                    demands=Demands(
+                        clean_full=one,
+                        clean_compressed=one,
+                        attacked_full=one,
+                        attacked_compressed=one.model_copy(update={"tokens": number}),
+                    ),
+                )
+            )
+            for i, number in enumerate(tokens)
+        ]
+
+    cells = [noise(), cell("t", attack="t", spec={"attack": {"type": "token_count"}})]
+    found = {"noise": demanding("noise", [11] * 40)}
+    assert codes(cells, {**found, "t": demanding("t", [15] * 40)}) == []
+    doubts = run_checks(cells, {**found, "t": demanding("t", [10] * 40)})
+    assert [one.code for one in doubts] == ["unfinished", "no-gain"]
+    assert "of 40 samples it made 0 demand more than noise" in doubts[1].message
+    assert "and 40 less" in doubts[1].message
 
 
 @pytest.mark.parametrize("border", [None, 0.125])
