@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -46,6 +47,7 @@ def examine() -> list[Finding]:
         _torch,
         _torchvision,
         _flash_attention,
+        _libraries,
         _scenarios,
         _weights,
         _disk,
@@ -117,6 +119,19 @@ def _flash_attention() -> Finding:
     if is_flash_attn_2_available():
         return Finding("ok", "flash-attn", "available")
     return Finding("ok", "flash-attn", "absent; sdpa is used (it matters on GPUs only)")
+
+
+def _libraries() -> Finding:
+    from attacks.library_names import LIBRARIES
+
+    parts, remedies = [], []
+    for library in LIBRARIES.values():
+        try:
+            parts.append(f"{library.title} {importlib.metadata.version(library.title)}")
+        except importlib.metadata.PackageNotFoundError:
+            parts.append(f"{library.title} absent")
+            remedies.append(f"for {library.name}.* attacks: {library.install}")
+    return Finding("ok", "attack libraries", ", ".join(parts), "; ".join(remedies))
 
 
 def _scenarios() -> Finding:

@@ -9,7 +9,7 @@ import pytest
 
 from attacks import TorchAttack
 from attacks.libraries import parameters
-from attacks.library_names import LIBRARIES
+from attacks.library_names import LIBRARIES, Library
 from redteam.catalog import find, load, names
 from redteam.errors import CatalogError, ScenarioError, UsageError
 from redteam.output import show_listing
@@ -142,8 +142,8 @@ def test_the_catalogue_names_a_library_as_one() -> None:
 
 
 @pytest.mark.parametrize("library", list(LIBRARIES.values()), ids=lambda one: one.name)
-def test_listing_a_library(library: object, capsys: pytest.CaptureFixture[str]) -> None:
-    found = LIBRARIES[library.name]
+def test_listing_a_library(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
+    found = library
     show_listing("attacks", None, as_json=False)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith(f"{found.name}.*")]
     assert f"{len(found.offered)} attacks of {found.title} {found.version}" in line
@@ -162,3 +162,13 @@ def test_listing_one_attack(capsys: pytest.CaptureFixture[str]) -> None:
     assert "number of iterations" in text
     with pytest.raises(UsageError, match=r"there is no 'foo\.bar' among attacks"):
         show_listing("attacks", "foo.bar", as_json=False)
+
+
+@pytest.mark.parametrize("library", list(LIBRARIES.values()), ids=lambda one: one.name)
+def test_the_page_lists_what_works_and_why_the_rest_does_not(library: Library) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    section = page.split(f"### `{library.name}.*`")[1].split("\n##")[0]
+    rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("| ")]
+    found = {name: first.strip(" `") for first, rest in rows[1:] for name in rest.split()}
+    found.pop("attacks")
+    assert found == {**library.offered, **library.unsuitable}
