@@ -101,7 +101,7 @@ def _transfer(matrix: Mapping[str, Any] | None) -> str:
             (
                 escape(f"{row['attack']}, made on {row['made_on']}"),
                 METRICS[name].title,
-                *(_pair(row["cells"].get(target), name) for target in matrix["targets"]),
+                *(_pair(row, target, name) for target in matrix["targets"]),
             )
             for row in table_["rows"]
             for name in matrix["metrics"]
@@ -111,14 +111,16 @@ def _transfer(matrix: Mapping[str, Any] | None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _pair(one: Mapping[str, Any] | None, name: str) -> str:
+def _pair(row: Mapping[str, Any], target: str, name: str) -> str:
     """A value and that of its control."""
+    one = row["cells"].get(target)
     if one is None:
         return "not tried"
     shown = interval(one["metrics"][name], 2)
     if one["control"] is not None:
         shown += f" (noise {interval(one['control']['metrics'][name], 2)})"
-    return escape(shown + (", target among its surrogates" if one["own"] else ""))
+    own = one["own"] and row["kind"] == "transfer"
+    return escape(shown + (", target among its surrogates" if own else ""))
 
 
 def _availability(shown: Table | None) -> str:
