@@ -50,7 +50,7 @@ class MarginSplit(Attack):
 
     Args:
         steps: gradient steps T, ≥ 0; each counts twice. 0 is the random start alone.
-        alpha: step size in [0, 1] pixel units; None is epsilon / 6.
+        alpha: step size in [0, 1] pixel units; None is epsilon / 3.
         restarts: starts, the best kept per sample, ≥ 1.
         momentum: decay of accumulated gradients in [0, 1].
         schedule: step size over the run.
@@ -73,7 +73,7 @@ class MarginSplit(Attack):
     name: ClassVar[str] = "margin_split"
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
-    steps: Annotated[int, Ge(0)] = 20
+    steps: Annotated[int, Ge(0)] = 50
     alpha: Annotated[float, Gt(0)] | None = None
     restarts: Annotated[int, Ge(1)] = 1
     momentum: Annotated[float, Interval(ge=0, le=1)] = 0.7
@@ -96,7 +96,8 @@ class MarginSplit(Attack):
 
     def budget(self, epsilon: float) -> Budget:
         """Radius, step size, steps and restarts."""
-        return Budget(epsilon, "linf", self.alpha, self.steps, self.restarts)
+        alpha = epsilon / 3 if self.alpha is None else self.alpha
+        return Budget(epsilon, "linf", alpha, self.steps, self.restarts)
 
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Descend on the Lagrangian; freeze what fails only compressed."""
@@ -111,23 +112,34 @@ class MarginSplit(Attack):
 
 
 class _Objective:
-    """The Lagrangian's gradient, with the value of what is wanted: ``[B]``."""
+    """The Lagrangian's gradient, with the value of what is wanted: ``[B]``.
+
+    Samples that are failures of compression alone are not run again, in later restarts neither.
+    """
 
     def __init__(self, attack: MarginSplit, view: WhiteBoxView, batch: Batch) -> None:
         self.attack, self.view, self.batch = attack, view, batch
-        self.multiplier = torch.zeros(0)
+        self.multiplier = torch.zeros(len(batch.ids), device=batch.images.device)
+        self.value = torch.zeros_like(self.multiplier)
 
     def __call__(self, images: Tensor, step: int) -> Tensor:
-        attack = self.attack
-        found = self.view.path_margins(images, self.batch.questions, self.batch.answers)
-        full = found.full.detach()
         if step == 0:  # a restart begins with the first multiplier too
-            self.multiplier = torch.full_like(full, attack.multiplier)
-        lagrangian = found.compressed - self.multiplier * found.full
-        self.multiplier = renewed(self.multiplier, full, attack.kappa, attack.grow, attack.shrink)
-        value = worth(found.compressed.detach(), full, attack.confidence)
+            self.multiplier = torch.full_like(self.multiplier, self.attack.multiplier)
+        rows = (self.value >= -self.attack.confidence).nonzero()[:, 0]
+        if len(rows) == 0:
+            return self.value + 0 * images.flatten(1).sum(1)
+        lagrangian = self._lagrangian(images[rows], rows)
         # Iterates are compared by what is wanted, whatever multiplier they were made with.
-        return lagrangian - lagrangian.detach() + value
+        return self.value.index_add(0, rows, lagrangian - lagrangian.detach())
+
+    def _lagrangian(self, images: Tensor, rows: Tensor) -> Tensor:
+        attack, some = self.attack, self.batch.rows(rows.tolist())
+        found = self.view.path_margins(images, some.questions, some.answers)
+        compressed, full = found.compressed.detach(), found.full.detach()
+        multiplier = self.multiplier[rows]
+        self.multiplier[rows] = renewed(multiplier, full, attack.kappa, attack.grow, attack.shrink)
+        self.value[rows] = worth(compressed, full, attack.confidence)
+        return found.compressed - multiplier * found.full
 
 
 def renewed(multiplier: Tensor, full: Tensor, kappa: float, grow: float, shrink: float) -> Tensor:

@@ -29,6 +29,7 @@ CALLS = {
     "answer_nll": Knowledge.WHITE_BOX,
     "answer_logprobs": Knowledge.WHITE_BOX,
     "full_and_rank": Knowledge.WHITE_BOX,
+    "path_margins": Knowledge.WHITE_BOX,
 }
 ORDER = [Knowledge.NONE, Knowledge.ENCODER, Knowledge.COMPRESSED, Knowledge.WHITE_BOX]
 
@@ -105,6 +106,7 @@ def test_white_box_without_the_compressor(target: LVLM) -> None:
     for call in (
         lambda: view.rank(images, tiny.QUESTIONS),
         lambda: view.full_and_rank(images, tiny.QUESTIONS, tiny.ANSWERS),
+        lambda: view.path_margins(images, tiny.QUESTIONS, tiny.ANSWERS),
         lambda: view.answer_nll(images, tiny.QUESTIONS, tiny.ANSWERS, path="compressed"),
         lambda: view.answer_logprobs(images, tiny.QUESTIONS, tiny.ANSWERS, path="compressed"),
     ):

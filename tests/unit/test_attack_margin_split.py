@@ -93,9 +93,9 @@ def test_the_tower_runs_once_and_the_language_model_twice(
 
         return hook
 
-    model = target.family.model.model
+    patches = target.family.model.model.vision_tower.embeddings.patch_embedding
     handles = [
-        model.vision_tower.register_forward_hook(count("tower")),
+        patches.register_forward_hook(count("tower")),
         target.family.text.register_forward_hook(count("text")),
     ]
     with torch.no_grad():
