@@ -1,7 +1,8 @@
 """The embedded target: a small LLaVA trained on drawn scenes, shipped with the package.
 
-`load_scenes("scenes-a")` is the default target; "scenes-b", of another shape and seed, is the
-surrogate for transfer attacks. Recipe: `targets.scenes.train`; data: `targets.scenes.world`.
+`load_scenes("scenes-a")` is the default target; "scenes-b" and "scenes-c", of other shapes and
+seeds, are surrogates for transfer attacks. Recipe: `targets.scenes.train`; data:
+`targets.scenes.world`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ heads, {size} × {size} pixels in {patch} × {patch} patches: {tokens} visual to
 
 Procedurally drawn scenes (`targets.scenes.world`, split `train`), {scenes:,} of them, AdamW, batch
 {batch}. Vision stage {vision_steps:,} steps (dense patch labels and a CLS multi-label task: the stand-in
-for CLIP pre-training), joint stage {joint_steps:,} steps, last stage {adapt_steps:,} steps. {minutes:.0f} minutes of one thread
+for CLIP pre-training), joint stage {joint_steps:,} steps{stopped}, last stage {adapt_steps:,} steps. {minutes:.0f} minutes of one thread
 on a two-core machine that had other work to do. Recipe: `recipe.json`; log: `training_log.jsonl`.
 
 ### What was done to make attention informative
@@ -69,14 +69,18 @@ _TAIL = """
 - The world is drawn: six shapes, six colours, ten characters, objects on grid corners. Nothing
   transfers to photographs.
 - One training run, one seed; no claim about the variance between runs.
-- The label heads of this checkpoint's training started from unseeded values (mended since), so that
-  training it again gives an equivalent model, not the same bytes.
+{again}
 - The test questions come from the same drawing program as the training scenes, other seeds; an accuracy
   of 1.000 means that this world is easy for it, nothing more.
 - It answers by exact words; anything outside the vocabulary is `<unk>`.
 - Not adversarially trained. Under unrestricted attacks the full path fails too; the reports always
   show both paths.
 """
+
+_EARLY = ("scenes-a", "scenes-b")
+_UNSEEDED = """- The label heads of this checkpoint's training started from unseeded values (mended since), so that
+  training it again gives an equivalent model, not the same bytes."""
+_SEEDED = """- Training it again gives an equivalent model; on another machine or another torch not the same bytes."""
 
 
 def write_card(folder: Path) -> Path:
@@ -100,6 +104,7 @@ def write_card(folder: Path) -> Path:
         ],
         minutes=sum(_stage_ends(log)) / 60,
         before_late=shape["late"] - 1,
+        stopped=_stopped(recipe),
         **{k: shape[k] for k in ("vision_layers", "text_layers", "width", "heads", "late")},
         **{k: recipe[k] for k in ("scenes", "batch", "vision_steps", "joint_steps", "adapt_steps")},
         merged_percent=100 * recipe["merged"],
@@ -110,10 +115,22 @@ def write_card(folder: Path) -> Path:
         noise=recipe["noise"] * 255,
         **{k: result[k] for k in ("questions", "images", "split")},
     )
-    text = head + _accuracy_table(result) + _acceptance_table(result) + _TAIL
+    tail = _TAIL.replace("{again}", _UNSEEDED if folder.name in _EARLY else _SEEDED)
+    text = head + _accuracy_table(result) + _acceptance_table(result) + tail
     path = folder / "README.md"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _stopped(recipe: dict[str, Any]) -> str:
+    """Where the joint stage ended before its time, what that means."""
+    planned = recipe.get("joint_planned")
+    if planned is None:
+        return ""
+    return (
+        f" (stopped there, {planned:,} were planned, so its learning rate had not come down; what it "
+        "had learnt by then was enough for the limits below)"
+    )
 
 
 def _parameters(folder: Path) -> int:

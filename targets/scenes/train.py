@@ -355,6 +355,7 @@ PRESETS: Final[dict[str, Recipe]] = {
     "scenes-b": Recipe(
         shape=build.Shape(width=160, mlp=288, heads=5, vision_layers=3, text_layers=5), seed=2
     ),
+    # The shipped one was stopped after 5,000 joint steps; its card says so.
     "scenes-c": Recipe(
         shape=build.Shape(width=112, mlp=320, heads=7, vision_layers=5, text_layers=7), seed=3
     ),

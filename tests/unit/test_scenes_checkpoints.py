@@ -36,25 +36,37 @@ def _batch(split: world.Split, count: int, start: int = 0) -> Batch:
     )
 
 
-def test_both_checkpoints_are_shipped_and_small() -> None:
-    assert checkpoints() == ("scenes-a", "scenes-b")
+def test_all_checkpoints_are_shipped_and_small() -> None:
+    assert checkpoints() == ("scenes-a", "scenes-b", "scenes-c")
     for name in checkpoints():
         assert (WEIGHTS / name / "model.safetensors").stat().st_size < 8_000_000
         card = (WEIGHTS / name / "README.md").read_text()
         assert "What was done to make attention informative" in card
 
 
-def test_the_two_have_different_shapes() -> None:
-    shapes = [json.loads((WEIGHTS / n / "recipe.json").read_text())["shape"] for n in checkpoints()]
-    assert shapes[0] != shapes[1]
+def test_they_differ_in_shape_and_seed() -> None:
+    recipes = [json.loads((WEIGHTS / n / "recipe.json").read_text()) for n in checkpoints()]
+    for key in ("width", "heads", "vision_layers", "text_layers", "mlp"):
+        assert len({recipe["shape"][key] for recipe in recipes}) == len(recipes), key
+    assert len({recipe["seed"] for recipe in recipes}) == len(recipes)
 
 
 def test_an_unknown_checkpoint_names_those_there_are() -> None:
-    with pytest.raises(TargetError, match="scenes-a, scenes-b"):
-        load_scenes("scenes-c")
+    with pytest.raises(TargetError, match="scenes-a, scenes-b, scenes-c"):
+        load_scenes("scenes-z")
 
 
-@pytest.mark.parametrize("name", ["scenes-a", "scenes-b"])
+def test_a_stage_that_was_stopped_is_told() -> None:
+    for name in checkpoints():
+        recipe = json.loads((WEIGHTS / name / "recipe.json").read_text())
+        log = (WEIGHTS / name / "training_log.jsonl").read_text().splitlines()
+        steps = [one["step"] for one in map(json.loads, log) if one["stage"] == "joint"]
+        assert max(steps) == recipe["joint_steps"]
+        card = (WEIGHTS / name / "README.md").read_text()
+        assert ("were planned" in card) == ("joint_planned" in recipe)
+
+
+@pytest.mark.parametrize("name", ["scenes-a", "scenes-b", "scenes-c"])
 def test_the_card_reports_what_the_evaluation_measured(name: str) -> None:
     result = json.loads((WEIGHTS / name / "evaluation.json").read_text())
     card = (WEIGHTS / name / "README.md").read_text()
@@ -66,7 +78,7 @@ def test_the_card_reports_what_the_evaluation_measured(name: str) -> None:
         assert row["what"] in card
 
 
-@pytest.mark.parametrize("name", ["scenes-a", "scenes-b"])
+@pytest.mark.parametrize("name", ["scenes-a", "scenes-b", "scenes-c"])
 def test_a_checkpoint_answers_and_survives_compression(name: str) -> None:
     target = load_scenes(name)
     samples = world.samples("validation", 100, start=500)
