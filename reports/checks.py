@@ -52,8 +52,6 @@ REMEDY = {
 }
 """What to do about each code."""
 
-_CLEAN = frozenset({"acc_full_clean", "acc_compressed_clean", "clean_drop", "evidence_kept_clean"})
-
 
 class Check(BaseModel):
     """One entry of ``checks`` in summary.json: a code on the cells of one attack."""
@@ -162,7 +160,7 @@ def vetoes(gate: GateSpec, doubts: Sequence[Doubt]) -> Doubt | None:
     A metric of clean images says nothing about the attack. All codes but one mean that the attack
     may be weaker than it could be: that undermines "at most so much damage", not "at least".
     """
-    if gate.metric in _CLEAN:
+    if gate.metric == "clean_drop" or gate.metric.endswith("_clean"):
         return None
     better = METRICS[gate.metric].better if gate.metric in METRICS else "neither"
     harmless = (better == "lower" and gate.max is None) or (better == "higher" and gate.min is None)

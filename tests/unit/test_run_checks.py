@@ -246,6 +246,7 @@ def test_entries_are_one_for_each_code_and_attack() -> None:
         ("csfr", {"min": 0.1, "max": 0.5}, "unfinished", True),
         ("acc_compressed_clean", {"min": 0.9}, "no-gain", False),  # no attack in it
         ("clean_drop", {"max": 0.1}, "not-repeatable", False),
+        ("length_full_clean", {"max": 9}, "no-gain", False),
         ("jaccard", {"min": 0.5}, "no-gain", True),
     ],
 )
