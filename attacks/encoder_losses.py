@@ -80,21 +80,21 @@ def survival(score: Tensor, k_min: int, k_max: int) -> Tensor:
     return ((k_max - ranks(score)) / width).clamp(0, 1)
 
 
-def drift_alignment(drift: Tensor, score: Tensor, *, rescaled: bool = False) -> Tensor:
+def drift_alignment(moved: Tensor, score: Tensor, *, rescaled: bool = False) -> Tensor:
     """CAGE's rank–distortion alignment: do the tokens that drifted most have the highest scores?
 
     ``raw = Σ_i p_d,i · log p_s,i`` with ``p = softmax`` of the standardised drift (detached) and
     of the standardised score.
 
     Args:
-        drift: ``[B, V]``; detached here.
+        moved: drift of the tokens, ``[B, V]``; detached here.
         score: ``[B, V]``, live.
         rescaled: ``(raw + log V) / log V``, as the published code has it, which is at most 1.
 
     Returns:
         ``[B]``, larger is better aligned.
     """
-    target = standardised(drift.detach(), floor=1e-6).softmax(1)
+    target = standardised(moved.detach(), floor=1e-6).softmax(1)
     raw = (target * standardised(score).log_softmax(1)).sum(1)
     if not rescaled or score.shape[1] < 2:
         return raw
