@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from attacks.minimal import Minimal
     from attacks.noise import Noise
     from attacks.pgd import PGD
+    from attacks.query import Query
     from attacks.seeds import SeedBank
     from attacks.square import Square
     from attacks.suite import Suite
@@ -55,6 +56,7 @@ __all__ = [
     "Minimal",
     "Noise",
     "Proposal",
+    "Query",
     "SeedBank",
     "Square",
     "Suite",
@@ -86,6 +88,7 @@ _HOME = {
     "Noise": "noise",
     "PGD": "pgd",
     "Proposal": "base",
+    "Query": "query",
     "SeedBank": "seeds",
     "Square": "square",
     "Suite": "suite",

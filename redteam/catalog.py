@@ -61,6 +61,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
     "attacks": {
         "noise": "attacks.noise:Noise",
         "pgd": "attacks.pgd:PGD",
+        "query": "attacks.query:Query",
         "square": "attacks.square:Square",
         "apgd": "attacks.apgd:APGD",
         "fgsm": "attacks.fgsm:FGSM",
