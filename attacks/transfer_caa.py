@@ -18,8 +18,8 @@ from attacks.transfer.expectation import (
     Member,
     Views,
     Weights,
+    in_words,
     scorers_of,
-    tokens_in_words,
 )
 from attacks.transfer.loop import Rules, optimise
 from targets.base import Batch, Knowledge, Surrogate, SurrogateView
@@ -196,7 +196,7 @@ class TransferCAA(Attack):
             sampled=self.expectation == "sampled",
         )
         found = optimise(problem, batch, budget, rng, self._rules(), mask)
-        notes = f"made on {', '.join(tokens_in_words(members))}; target and compression unknown"
+        notes = f"made on {', '.join(in_words(members))}; target and compression unknown"
         return replace(found, notes=(notes,))
 
     def _chosen(self, view: SurrogateView) -> tuple[Surrogate, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from attacks.errors import AttackError
 from targets.base import ImageView
 
 GREY = 128 / 255
@@ -45,11 +46,19 @@ def framed(images: Tensor, width: float) -> Tensor:
 
     Args:
         images: ``[B, 3, H, W]``.
-        width: of the frame, see `frame`; must leave at least one pixel inside.
+        width: of the frame, see `frame`.
+
+    Raises:
+        AttackError: if the frame leaves nothing inside.
     """
     height, breadth = images.shape[-2:]
     thick = thickness((height, breadth), width)
     inner = (height - 2 * thick, breadth - 2 * thick)
+    if min(inner) < 1:
+        raise AttackError(
+            f"an added frame of {width:.4g} of the shorter side leaves nothing of a picture of "
+            f"{height}×{breadth} pixels; take a narrower border"
+        )
     small = interpolate(images, inner, mode="bilinear", antialias=True, align_corners=False)
     return pad(small.clamp(0, 1), (thick,) * 4, value=GREY)
 

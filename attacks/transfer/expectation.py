@@ -94,6 +94,11 @@ class Weights:
     preserve: float
     similarity: float
 
+    @property
+    def guided(self) -> bool:
+        """Whether a term compares with the clean picture's tokens."""
+        return self.query > 0 or self.erase > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
@@ -224,7 +229,9 @@ class Expectation:
     ) -> Tensor:
         """Loss of one copy of all views, ``[B]``; a mask moves like its picture."""
         seen = [self._transform(_within(one + delta), rng, copy) for one in backdrops]
-        clean = [self._transform(one, rng, copy) for one in backdrops]
+        clean = []
+        if self.weights.guided:
+            clean = [self._transform(one, rng, copy) for one in backdrops]
         masks = self._moved(self.mask, rng), self._moved(1 - self.mask, rng)
         return self._loss(member, scorer, seen, clean, masks, rng)
 
@@ -243,7 +250,7 @@ class Expectation:
             member: the surrogate.
             scorer: what it is imagined to rank with.
             seen: the perturbed picture and its crops.
-            clean: the same without perturbation.
+            clean: the same without perturbation; unused unless the loss is guided by it.
             masks: frame and inside, where they are in these.
             rng: for the retention; None is the middle of its range.
         """
@@ -254,7 +261,7 @@ class Expectation:
         if weights.over == "kept":
             down = down & self._kept(ranking.score, rng, views)
         loss = bpr(ranking.log_score, up, down, weights.tau)
-        if weights.query > 0 or weights.erase > 0:
+        if weights.guided:
             with torch.no_grad():
                 questions = self.batch.questions * views
                 reference = member.view.rank(torch.cat(clean), questions, under=scorer)
@@ -359,7 +366,7 @@ def _within(images: Tensor) -> Tensor:
     return found
 
 
-def tokens_in_words(members: tuple[Member, ...]) -> Iterator[str]:
+def in_words(members: tuple[Member, ...]) -> Iterator[str]:
     """What each surrogate was imagined to rank with, for the report."""
     for member in members:
         parts = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from attacks.errors import AttackError
 from attacks.seeds import SeedBank
 from attacks.transfer import borders, templates, transformations, updates
 
@@ -266,6 +267,8 @@ def test_an_added_frame_is_grey_around_the_shrunken_picture() -> None:
     assert torch.equal(canvas[:, :, 12:84, 12:84], inner)
     alone = borders.framed(picture[1:], 1 / 8)
     assert torch.equal(alone[0], canvas[1])
+    with pytest.raises(AttackError, match="0.499 of the shorter side leaves nothing.*96×96"):
+        borders.framed(picture, 0.499)
 
 
 def test_coverage_is_the_mean_of_the_mask_over_a_box() -> None:
