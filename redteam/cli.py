@@ -210,8 +210,23 @@ def plan(
     from redteam.plan import make_plan
 
     checked = _load(scenario, overrides, limit=limit, seed=seed)
-    show_plan(make_plan(checked), len(checked.dataset.create().open()), as_json=as_json)
+    show_plan(make_plan(checked), _samples(checked), as_json=as_json)
     _warn(cautions(checked))
+
+
+def _samples(scenario: Scenario) -> int:
+    """How many samples there are; as many as are asked for, where the hub cannot be reached."""
+    from redteam.errors import DatasetError
+
+    options = scenario.dataset.options
+    wanted = options.get("samples")
+    try:
+        return len(scenario.dataset.create().open())
+    except DatasetError as error:
+        if not isinstance(wanted, int) or "repo" not in options or options.get("path") is not None:
+            raise
+        typer.echo(f"note: planned with the {wanted} samples asked for; {error}", err=True)
+        return wanted
 
 
 @app.command("list")

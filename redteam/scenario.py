@@ -195,8 +195,10 @@ def packaged_folder() -> Path:
 
 
 def packaged() -> dict[str, Path]:
-    """Our own scenarios by name."""
-    return {path.stem: path for path in sorted(packaged_folder().glob("*.yaml"))}
+    """Our own scenarios by name; those in folders as ``folder/name``."""
+    folder = packaged_folder()
+    paths = sorted(folder.rglob("*.yaml"), key=lambda path: (path.parent != folder, path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
 
 
 def find_scenario(name: str) -> Path:

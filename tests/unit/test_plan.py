@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from redteam import cli
 from redteam.capabilities import mismatches
 from redteam.cost import estimate, unit_cost
-from redteam.errors import ScenarioError
+from redteam.errors import DatasetError, ScenarioError
 from redteam.plan import Plan, make_plan, seed_of
-from redteam.scenario import Scenario, load_scenario
+from redteam.scenario import Scenario, load_scenario, packaged
 from redteam.signature import Signature, signature
 
 TEXT = """\
@@ -170,3 +172,43 @@ def test_costs_add_up(load: Load) -> None:
     assert found.seconds == pytest.approx(sum(map(unit_cost, plan.units(10))))
     assert found.seconds is not None
     assert estimate(plan, 20).seconds == pytest.approx(2 * found.seconds)
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_every_packaged_scenario_plans_without_a_model_or_data(name: str) -> None:
+    plan = make_plan(load_scenario(name))
+    scenario = plan.scenario
+    methods = len(scenario.targets) * len(scenario.compressions) * len(scenario.defenses)
+    budgets = sum(len(attack.epsilons) for attack in scenario.attacks)
+    assert len(plan.cells) >= methods * budgets  # controls of transfer attacks come on top
+    assert any("noise" in attack.type for attack in scenario.attacks)
+
+
+@pytest.mark.parametrize("name", [name for name in packaged() if name.startswith("published/")])
+def test_published_scenarios_hold_their_figures_as_gates(name: str) -> None:
+    scenario = load_scenario(name)
+    assert {target.type for target in scenario.targets} == {"lvlm"}
+    assert all("/" in str(target.options["model"]) for target in scenario.targets)
+    paper = name.removeprefix("published/").partition("-")[0]
+    assert paper in {attack.type for attack in scenario.attacks}
+    assert any(gate.where.get("attack") == paper for gate in scenario.gates)
+    assert all(gate.name.startswith("published .") for gate in scenario.gates)
+    for gate in scenario.gates:
+        figure = float(gate.name.split()[1].rstrip(","))
+        assert gate.min is None or gate.min < figure
+        assert gate.max is None or figure < gate.max
+
+
+def test_planning_does_not_need_the_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*arguments: object) -> None:
+        raise DatasetError("lmms-lab/POPE cannot be loaded: no connection")
+
+    monkeypatch.setattr("redteam.datasets.hub.HubTable.__init__", away)
+    cli.plan("published/caa", as_json=True)
+    said = capsys.readouterr()
+    assert json.loads(said.out)["samples"] == 1000
+    assert "planned with the 1000 samples asked for; lmms-lab/POPE" in said.err
+    with pytest.raises(DatasetError):
+        cli.plan("published/caa", ["dataset.samples=null"])

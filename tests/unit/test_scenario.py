@@ -259,10 +259,11 @@ def test_packaged_scenarios_are_found_and_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert {"quickstart", "ci-gate"} <= set(packaged())
+    assert {"quickstart", "ci-gate", "published/caa"} <= set(packaged())
     for name, path in packaged().items():
         assert find_scenario(name) == path
-        assert load_scenario(name).name == name
+        assert load_scenario(name).name == name.replace("/", "-")
+    assert find_scenario("scenarios/published/caa.yaml") == packaged()["published/caa"]
     assert find_scenario("scenarios/quickstart.yaml") == packaged()["quickstart"]
 
 
