@@ -86,7 +86,7 @@ def compression_known(knowledge: str, depends: bool) -> str:
         return "unknown, asked through"
     if knowledge == "surrogate":
         return "unknown"
-    return "knows it" if depends else "does not know it"
+    return "known" if depends else "unknown"
 
 
 def minimal_text(found: Mapping[str, Any], epsilon: float) -> str:

@@ -11,6 +11,7 @@ from synthetic_run import build
 import reports
 from reports.findings import SHOWN
 from reports.markdown import LIMIT
+from reports.reading import compression_known
 from reports.records import Answer, Answers, GateSpec
 from reports.store import RunStore
 
@@ -227,3 +228,20 @@ def test_options_are_written_as_people_write_them() -> None:
     spec = {"type": "caa", "steps": 20, "alpha": 4 / 255, "promote": None}
     assert _options(spec) == "caa: steps 20, alpha 4/255"
     assert _options({"type": "noise", "border": None}) == "noise"
+
+
+@pytest.mark.parametrize(
+    ("knowledge", "depends", "said"),
+    [
+        ("compressed", True, "known"),
+        ("white_box", True, "known"),
+        ("white_box", False, "unknown"),  # CAA on a declared range, PGD on the full path
+        ("encoder", False, "unknown"),
+        ("surrogate", False, "unknown"),
+        ("query", True, "unknown, asked through"),
+    ],
+)
+def test_the_report_says_whether_an_attack_knows_the_compression(
+    knowledge: str, depends: bool, said: str
+) -> None:
+    assert compression_known(knowledge, depends) == said
