@@ -181,7 +181,8 @@ class Continuation:
 
     Attributes:
         ids: long ``[B, A]``, padded at the right.
-        real: bool ``[B, A]``, False for padding; the end token, where it came, is real.
+        real: bool ``[B, A]``, False for padding; the end token, where it came, is real, and what
+            follows a placeholder for pictures is not.
     """
 
     ids: Tensor

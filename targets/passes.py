@@ -366,7 +366,10 @@ class Passes:
         session = None if compressor is None else self._session(compressor, "hard", None)
         with torch.no_grad():
             ids = self.generate(images, questions, session, length, compressor)
-        return Continuation(ids, self.until_end(ids))
+        real = self.until_end(ids)
+        # The model may say its own placeholder for pictures; what follows that cannot be forced.
+        holder = (ids == self.family.image_token_id).long()
+        return Continuation(ids, real & (holder.cumsum(1) - holder == 0))
 
     def until_end(self, ids: Tensor) -> Tensor:
         """Which of the generated ids ``[B, A]`` count: all up to the first end token, bool."""
@@ -386,7 +389,8 @@ class Passes:
         _one_each(images, questions)
         inputs, layout, size = self.inputs(images, compressor)
         prompt = self.prompts.prompt(questions, layout, size)
-        talk = Dialogue.of(prompt, said.ids, said.real)
+        ids = said.ids.masked_fill(said.ids == self.family.image_token_id, self.prompts.pad)
+        talk = Dialogue.of(prompt, ids, said.real)
         relax = RELAX if straight_through and compressor is not None else None
         session = (
             None

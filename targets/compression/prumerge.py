@@ -25,8 +25,8 @@ from targets.families.vision import LayerPass
 
 _SPREAD = 3
 """Evenly spaced tokens for each outlier, with `plus`."""
-_WIDTH = 0.5
-"""Of the sigmoid in the relaxed count, in units of the log-score."""
+_WIDTH = 0.2
+"""Of the sigmoid in the relaxed count, in units of Q3 − Q1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +184,17 @@ class PruMerge(Compressor):
         return (tiles.share(seen.counts) > 1) & ~self._whole(tiles, seen)
 
     def soft_count(self, scores: Scores, seen: Seen) -> Tensor | None:
-        """Outliers by a sigmoid of the log-score above its bar, ``[I]``; four times with `plus`.
+        """Outliers by a sigmoid of what their score has above its bar, ``[I]``; four times `plus`.
 
-        The bar Q3 + 1.5 (Q3 − Q1) is live: who flattens the middle of the scores lowers it.
+        The bar Q3 + 1.5 (Q3 − Q1) is live: who flattens the middle of the scores lowers it. The
+        unit of the sigmoid, Q3 − Q1, is not.
         """
         if not self.adaptive:
             return None
         tiles = Tiles.of(seen.lattice, seen.valid)
         score = tiles.split(scores.score).double()
-        above = (score + TINY).log() - (_bar(score, tiles.present) + TINY).log()
-        gates = torch.sigmoid(above / _WIDTH) * tiles.present
+        bar, spread = _bar(score, tiles.present)
+        gates = torch.sigmoid((score - bar) / (_WIDTH * spread.detach() + TINY)) * tiles.present
         soft = gates.sum(1).view(-1, tiles.number).sum(1)
         return (soft * (1 + _SPREAD if self.plus else 1)).to(scores.score.dtype)
 
@@ -202,7 +203,7 @@ class PruMerge(Compressor):
         """Tokens far above the others of their tile, and with `plus` evenly spaced ones."""
         tiles = Tiles.of(seen.lattice, seen.valid)
         score, number = tiles.split(score).double(), tiles.present.sum(1)
-        outliers = (score > _bar(score, tiles.present)) & tiles.present
+        outliers = (score > _bar(score, tiles.present)[0]) & tiles.present
         count = outliers.sum(1).clamp_min(1).clamp_max(number)
         kept = top_k_mask(score, count, tiles.present)
         if self.plus:
@@ -230,10 +231,10 @@ def _one_after_the_other(made: Merged, seen: Seen, whole: Tensor) -> Merged:
     )
 
 
-def _bar(score: Tensor, present: Tensor) -> Tensor:
-    """The score above which a token is an outlier of its tile, ``[G, 1]``."""
+def _bar(score: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """The score above which a token is an outlier of its tile, and Q3 − Q1: ``[G, 1]`` each."""
     low, high = (_quantile(score, present, share)[:, None] for share in (0.25, 0.75))
-    return high + 1.5 * (high - low)
+    return high + 1.5 * (high - low), high - low
 
 
 def _quantile(values: Tensor, present: Tensor, share: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES, build
 from torch import Tensor
 
-from targets.base import Knowledge
+from targets.base import Continuation, Knowledge
 from targets.compression import FastV, VisionZip
 from targets.errors import TargetError
 from targets.families.vision import VisionTap
@@ -170,6 +170,26 @@ def test_a_continuation_ends_behind_the_end_token() -> None:
     said = view.continuation(images, tiny.QUESTIONS, length=6)
     first = free.ids[0].tolist().index(int(free.ids[0, 2]))
     assert said.real[0].tolist() == [n <= first for n in range(said.ids.shape[1])]
+
+
+def test_a_placeholder_for_pictures_that_is_said_is_no_picture() -> None:
+    target = LVLM(tiny.build_model(), tiny.build_processor())
+    view: Any = target.view(Knowledge.WHITE_BOX)
+    images = tiny.pictures(3)
+    free = view.continuation(images, tiny.QUESTIONS, length=5)
+    said = Continuation(free.ids.clone(), free.real.clone())
+    said.ids[1, 2], said.real[1, 3:] = target.family.image_token_id, False
+    with torch.no_grad():
+        wanted = view.generation(images, tiny.QUESTIONS, free)
+        found = view.generation(images, tiny.QUESTIONS, said)
+    assert torch.allclose(found.logprobs[1, :3], wanted.logprobs[1, :3], atol=1e-5)
+    assert torch.allclose(found.logprobs[0], wanted.logprobs[0], atol=1e-5)
+    target.family.image_token_id = int(free.ids[0, 1])
+    cut = target._passes.continuation
+    target._passes.generate = lambda *_, **__: free.ids  # type: ignore[method-assign]
+    shorter = cut(images, tiny.QUESTIONS, 5)
+    first = free.ids[0].tolist().index(int(free.ids[0, 1]))
+    assert shorter.real[0].tolist() == [n <= first for n in range(5)]
 
 
 @pytest.mark.parametrize("path", ["full", "compressed"])
