@@ -232,10 +232,12 @@ def _samples(scenario: Scenario) -> int:
 @app.command("list")
 def list_(
     what: Annotated[Listing, typer.Argument(help="What to list.")],
-    name: Annotated[str | None, typer.Argument(help="Only this one.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Only this one, with its options.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what exists, with all options, bounds and defaults."""
+    """List what exists; of one, all options, bounds and defaults."""
     from redteam.output import show_listing
 
     show_listing(what.value, name, as_json=as_json)

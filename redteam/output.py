@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -236,7 +237,7 @@ def show_plan(plan: Plan, samples: int, *, as_json: bool) -> None:
 
 
 def show_listing(what: str, name: str | None, *, as_json: bool) -> None:
-    """The end of ``redteam list``: all of a kind, or one of them.
+    """The end of ``redteam list``: all of a kind in a line each, or one with its options.
 
     Raises:
         UsageError: if there is none of that name.
@@ -255,14 +256,27 @@ def show_listing(what: str, name: str | None, *, as_json: bool) -> None:
         write_json(rows)
         return
     console = stdout()
+    width = max(len(row["name"]) for row in rows)
+    knows = max(len(row.get("knowledge") or "") for row in rows)
     for row in rows:
-        console.print(Text(row["name"], style="bold") + Text(f"  {row['summary']}"), soft_wrap=True)
-        for option in row.get("options", ()):
-            default = "required" if option["required"] else f"default {_yaml(option['default'])}"
-            line = f"    {option['name']}: {option['allowed']}; {default}"
-            console.print(Text(line), soft_wrap=True)
-            if option["help"]:
-                console.print(Text(f"        {option['help']}", style="dim"), soft_wrap=True)
+        line = Text(f"{row['name']:{width}}", style="bold")
+        if knows:
+            line += Text(f"  {row.get('knowledge') or '':{knows}}", style="dim")
+        console.print(line + Text(f"  {row['summary']}"), soft_wrap=True)
+        if name is not None:
+            _show_options(row)
+    if name is None and any(row.get("options") for row in rows):
+        console.print(f"options of one: redteam list {what} NAME", style="dim")
+
+
+def _show_options(row: Mapping[str, Any]) -> None:
+    console = stdout()
+    for option in row.get("options", ()):
+        default = "required" if option["required"] else f"default {_yaml(option['default'])}"
+        line = f"    {option['name']}: {option['allowed']}; {default}"
+        console.print(Text(line), soft_wrap=True)
+        if option["help"]:
+            console.print(Text(f"        {option['help']}", style="dim"), soft_wrap=True)
 
 
 def _yaml(value: object) -> str:

@@ -96,6 +96,9 @@ def test_lists(tmp_path: Path) -> None:
     assert steps["allowed"] == "an integer ≥ 0"
     assert steps["help"]
     text = redteam("list", "compressors", cwd=tmp_path).stdout
+    assert "fastv " in text
+    assert "retention:" not in text
+    text = redteam("list", "compressors", "fastv", cwd=tmp_path).stdout
     assert "retention: a number > 0 and ≤ 1, or null; default null" in text
     names = {
         row["name"] for row in json.loads(redteam("list", "metrics", "--json", cwd=tmp_path).stdout)
