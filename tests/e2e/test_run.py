@@ -206,7 +206,10 @@ def test_a_plugin_that_breaks_on_one_sample(workplace: Workplace) -> None:
     workplace.plugin("fragile_attack", PLUGIN, attacks="fragile = fragile_attack:Fragile")
     workplace.edit("{type: noise}\n", "{type: fragile, levels: 3}\n")
     workplace.edit("attack: noise", "attack: fragile")
-    assert "levels: an integer ≥ 0; default 1" in workplace.redteam("list", "attacks", "fragile").stdout
+    assert (
+        "levels: an integer ≥ 0; default 1"
+        in workplace.redteam("list", "attacks", "fragile").stdout
+    )
     wrong = workplace.redteam("validate", "scenario.yaml", "--set", "attacks.fragile.levels=-1")
     assert "attacks[0].levels: -1 is not allowed; allowed: an integer ≥ 0" in wrong.stderr
     done = workplace.redteam("run", "scenario.yaml", "--out", "run", "--json")
