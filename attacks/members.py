@@ -60,6 +60,7 @@ MEMBERS: Mapping[str, Member] = MappingProxyType(
         "apgd_full": Member("apgd:APGD", {"loss": "margin"}, ("full",)),
         "pgd_sparing": Member("pgd:PGD", _SPARING, ("compression_only",)),
         "apgd_sparing": Member("apgd:APGD", {**_SPARING, "loss": "margin"}, ("compression_only",)),
+        "margin_split": Member("margin_split:MarginSplit", goals=("compression_only",)),
         "square": Member("square:Square", {"queries": 100}, COMPRESSED),
     }
 )
