@@ -68,30 +68,11 @@ def low_frequency(size: Size, rng: SeedBank) -> Tensor:
 
 
 PATTERNS: Final[dict[str, Callable[[Size, SeedBank], Tensor]]] = {
-    "stripes": stripes,
     "gabor": gabor,
+    "stripes": stripes,
     "blocks": blocks,
     "low_frequency": low_frequency,
 }
-
-
-def window(size: Size, rng: SeedBank) -> Tensor:
-    """A random square, a quarter to three quarters of the shorter side wide.
-
-    Args:
-        size: height and width.
-        rng: one square per sample.
-
-    Returns:
-        bool ``[B, 1, H, W]``, True inside.
-    """
-    side = (rng.uniform((1,), 0.25, 0.75) * min(size)).long().clamp_min(1)
-    room = torch.tensor(size, device=rng.device) - side + 1  # [B, 2]
-    corner = (rng.uniform((2,)) * room).long().minimum(room - 1)
-    rows = torch.arange(size[0], device=rng.device)[None] - corner[:, :1]
-    columns = torch.arange(size[1], device=rng.device)[None] - corner[:, 1:]
-    tall, wide = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
-    return (tall[:, :, None] & wide[:, None, :])[:, None]
 
 
 def _band(size: Size, rng: SeedBank, down: Tensor, across: Tensor, width: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ ROWS = [
     Row(attacks.Square(queries=40), uses_gradient=False),
     Row(attacks.Square(queries=40, norm="l2"), uses_gradient=False),
     Row(attacks.Query(queries=12), uses_gradient=False),
-    Row(attacks.Query(queries=12, explore=2, norm="l2"), uses_gradient=False),
+    Row(attacks.Query(queries=12, norm="l2"), uses_gradient=False),
     Row(attacks.CAA(steps=5)),
     Row(attacks.CAA(steps=5, preset="strict_preserve")),
     Row(attacks.CAA(steps=6, preset="strict_preserve", preserve_every=3)),
