@@ -11,7 +11,7 @@ from families import FAMILIES, build
 from torch import Tensor
 
 from targets.base import Continuation, Knowledge
-from targets.compression import FastV, VisionZip
+from targets.compression import FastV, Uniform, VisionZip
 from targets.errors import TargetError
 from targets.families.vision import VisionTap
 from targets.lvlm import LVLM
@@ -98,6 +98,17 @@ def test_smoothing_mixes_within_a_picture_only(target: LVLM, images: Tensor) -> 
     assert torch.allclose(alone[0], smooth[0], atol=1e-4)
     # Averages lie closer together than what they are of.
     assert float(smooth[0].std(0).mean()) < float(plain[0].std(0).mean())
+
+
+@pytest.mark.parametrize("path", ["full", "compressed"])
+def test_every_family_comes_to_say_what_it_says(target: LVLM, images: Tensor, path: Any) -> None:
+    view: Any = target.view(Knowledge.WHITE_BOX, Uniform(retention=0.5))
+    said = view.continuation(images, QUESTIONS, length=4, path=path)
+    images = images.requires_grad_()
+    found = view.generation(images, QUESTIONS, said, path=path)
+    assert torch.equal(found.logprobs.argmax(-1)[said.real], said.ids[said.real])
+    (gradient,) = torch.autograd.grad(found.end[said.real].sum(), images)
+    assert float(gradient.abs().amax((1, 2, 3)).min()) > 0
 
 
 def test_smoothing_equals_a_slow_loop() -> None:
