@@ -12,7 +12,7 @@ from torch import Tensor
 from attacks.base import Attack, Proposal
 from attacks.budget import LEVELS, Budget, to_levels
 from attacks.goal import QUESTIONS, Judge
-from attacks.members import make_member
+from attacks.members import gradients, make_member
 from attacks.seeds import SeedBank
 from attacks.suite import CLEAN, Job, Made, Suite, padded
 from targets.base import Batch, Knowledge, WhiteBoxView
@@ -61,12 +61,13 @@ class Minimal(Attack):
 
     def budget(self, epsilon: float) -> Budget:
         """The ball; steps and queries are those of all runs, judgements included."""
-        one = self._member().budget(epsilon)
+        member = self._member()
+        one = member.budget(epsilon)
         whole = Budget(epsilon)
         runs = 1 + max(0, math.ceil(math.log2(max(1.0, whole.levels / self.resolution))))
         return Budget(
             epsilon,
-            steps=runs * one.steps * one.restarts,
+            steps=runs * gradients(self.attack, member, epsilon),
             queries=runs * (one.queries + QUESTIONS) + QUESTIONS,
         )
 

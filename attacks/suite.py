@@ -15,7 +15,7 @@ from attacks.base import Attack, AttackResult, Proposal
 from attacks.budget import Budget
 from attacks.errors import AttackError
 from attacks.goal import QUESTIONS, Judge
-from attacks.members import make_member, members_for
+from attacks.members import gradients, make_member, members_for
 from attacks.seeds import SeedBank
 from targets.base import Batch, Knowledge, WhiteBoxView
 from targets.errors import KnowledgeError, TargetError
@@ -69,10 +69,11 @@ class Suite(Attack):
 
     def budget(self, epsilon: float) -> Budget:
         """The ball; steps and queries are the sums over the members, judgements included."""
-        parts = [attack.budget(epsilon) for attack in self._attacks().values()]
+        members = self._attacks()
+        parts = [attack.budget(epsilon) for attack in members.values()]
         return Budget(
             epsilon,
-            steps=sum(part.steps * part.restarts for part in parts),
+            steps=sum(gradients(name, attack, epsilon) for name, attack in members.items()),
             queries=sum(part.queries for part in parts) + QUESTIONS * (len(parts) + 1),
         )
 

@@ -14,7 +14,7 @@ import attacks.members
 from attacks import AttackError, Proposal, SeedBank, Suite
 from attacks.base import Attack
 from attacks.goal import GOALS, Goal, Judge
-from attacks.members import MEMBERS, Member, make_member, members_for
+from attacks.members import MEMBERS, Member, gradients, make_member, members_for
 from attacks.suite import CLEAN, padded
 from targets.base import Batch, Knowledge
 from targets.errors import KnowledgeError
@@ -82,6 +82,7 @@ def test_every_member_can_be_made_and_attacks(name: str) -> None:
     member, batch = make_member("suite", name, 3), answered(3)
     result = member(FakeView(member.needs), batch, EPSILON, seeds(batch))
     assert float(result.linf.max()) <= EPSILON
+    assert result.backwards <= gradients(name, member, EPSILON), "more than it declares"
     if hasattr(member, "steps"):
         assert member.steps == 3
 
