@@ -48,7 +48,11 @@ def main() -> None:
     summaries = [_read(folder, "summary") for folder in folders]
     manifests = [_read(folder, "manifest") for folder in folders]
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    arguments.page.write_text(page(summaries, manifests), encoding="utf-8")
+    asked = split(arguments.scenario, arguments.runs, by_budget=False)
+    ran = {folder.name.partition("@")[0] for folder in folders}
+    absent = [label for label in asked if label not in ran]
+    text = page(summaries, manifests, _command(arguments), absent)
+    arguments.page.write_text(text, encoding="utf-8")
     print(f"written: {arguments.page}")
 
 
@@ -108,17 +112,42 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def page(summaries: list[dict[str, Any]], manifests: list[dict[str, Any]]) -> str:
-    """The whole page."""
+def _command(arguments: argparse.Namespace) -> str:
+    words = ["python benchmarks/results_attacks.py"]
+    if arguments.scenario != SCENARIO:
+        words += [f"--scenario {arguments.scenario}", f"--page {arguments.page}"]
+    return " ".join(words)
+
+
+def page(
+    summaries: list[dict[str, Any]],
+    manifests: list[dict[str, Any]],
+    command: str,
+    absent: Sequence[str],
+) -> str:
+    """The whole page.
+
+    Args:
+        summaries: of the parts.
+        manifests: of the parts.
+        command: that makes it.
+        absent: attacks of the scenario that were not run.
+    """
     cells = [cell for summary in summaries for cell in summary["cells"]]
     compressions = list(dict.fromkeys(cell["compression"] for cell in cells))
-    parts = [_head(summaries, manifests), _worst(cells, compressions)]
+    parts = [_head(summaries, manifests, command, absent), _worst(cells, compressions)]
     parts += [_section(name, cells) for name in compressions]
     parts.append(_settings(manifests))
     return "\n".join(parts)
 
 
-def _head(summaries: list[dict[str, Any]], manifests: list[dict[str, Any]]) -> str:
+def _head(
+    summaries: list[dict[str, Any]],
+    manifests: list[dict[str, Any]],
+    command: str,
+    absent: Sequence[str],
+) -> str:
+    lacking = f"\n**Not run yet: {', '.join(absent)}.**\n" if absent else ""
     first = manifests[0]
     identity = json.dumps(
         first["provenance"].get("identity", {}).get("targets", {}), sort_keys=True
@@ -128,8 +157,8 @@ def _head(summaries: list[dict[str, Any]], manifests: list[dict[str, Any]]) -> s
     missing = sum(summary["progress"]["missing"] for summary in summaries)
     return f"""# Every attack on the scenes LVLM
 
-Made by `python benchmarks/results_attacks.py`, which runs `{SCENARIO}`; do not edit.
-
+Made by `{command}` from the scenario it names (`{SCENARIO}` by default); do not edit.
+{lacking}
 {" or ".join(map(str, sorted(whole)))} samples of the held-out test split, one question a picture;
 seed {first["seed"]}; device {first["provenance"].get("identity", {}).get("device", "unknown")};
 {first["created"]}. {errors} trials ended in an error, {missing} did not run. 95 % intervals:
