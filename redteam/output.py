@@ -364,7 +364,7 @@ def _of_library(kind: str, name: str) -> list[dict[str, Any]]:
         entry = of_library(found, name)
         return [] if entry is None else [_row(entry)]
     rows = [
-        {"name": f"{name}.{one}", "summary": f"knowledge {needs.value}", "knowledge": needs.value}
+        {"name": f"{name}.{one}", "summary": "see the library", "knowledge": needs.value}
         for one, needs in library.offered.items()
     ]
     return rows + [

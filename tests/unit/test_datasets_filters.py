@@ -99,7 +99,7 @@ def test_without() -> None:
 def asker() -> Asker:
     from targets.scenes import load_scenes
 
-    return Asker(load_scenes("scenes-a"), Batcher(16), seed=0)
+    return Asker(load_scenes("scenes-a"), Batcher(16), seed=0, max_new_tokens=16)
 
 
 @pytest.fixture(scope="module")

@@ -150,8 +150,11 @@ def test_listing_a_library(library: Library, capsys: pytest.CaptureFixture[str])
     show_listing("attacks", found.name, as_json=False)
     text = capsys.readouterr().out
     assert len(text.splitlines()) == len(found.offered) + len(found.unsuitable)
+    lines = {line.partition(" ")[0]: line for line in text.splitlines()}
     for name, reason in found.unsuitable.items():
-        assert f"{found.name}.{name}  not offered: {reason}" in text
+        assert lines[f"{found.name}.{name}"].endswith(f"  not offered: {reason}")
+    for name, needs in found.offered.items():
+        assert f" {needs.value} " in lines[f"{found.name}.{name}"]
 
 
 def test_listing_one_attack(capsys: pytest.CaptureFixture[str]) -> None:
