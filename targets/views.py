@@ -51,12 +51,21 @@ class View:
         self.knowledge = knowledge
         for name, call in calls.items():
             if includes(knowledge, CALLS[name]):
-                self.__dict__[name] = call
+                self.__dict__[name] = _bare(call)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
         raise DeniedAttributeError(denial(name, self.knowledge))
+
+
+def _bare(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call as a plain function: a bound method would carry what is behind it."""
+
+    def granted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any call
+        return call(*args, **kwargs)
+
+    return granted
 
 
 class OtherModels:

