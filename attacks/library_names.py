@@ -104,8 +104,8 @@ ART: Final = Library(
             "FastGradientMethod BasicIterativeMethod MomentumIterativeMethod "
             "ProjectedGradientDescent ProjectedGradientDescentNumpy "
             "ProjectedGradientDescentPyTorch AutoProjectedGradientDescent AutoConjugateGradient "
-            "RescalingAutoConjugateGradient AutoAttack CarliniL2Method CarliniLInfMethod DeepFool "
-            "ElasticNet NewtonFool Wasserstein ShadowAttack VirtualAdversarialMethod",
+            "RescalingAutoConjugateGradient CarliniL2Method CarliniLInfMethod DeepFool "
+            "ElasticNet NewtonFool ShadowAttack VirtualAdversarialMethod",
         )
         | _each(
             Knowledge.SCORES,
@@ -115,6 +115,10 @@ ART: Final = Library(
     unsuitable=MappingProxyType(
         _why(
             {
+                "it shows progress that cannot be silenced; use suite or torchattacks.AutoAttack": (
+                    "AutoAttack"
+                ),
+                "its norm is neither linf nor l2": "Wasserstein",
                 "it makes one perturbation for many samples, so a sample's picture would depend "
                 "on its neighbours; transfer_caa has universal templates": (
                     "UniversalPerturbation TargetedUniversalPerturbation"

@@ -47,8 +47,9 @@ L2 = frozenset({"PGDL2", "PGDRSL2", "VirtualAdversarialMethod"})
 MAY_STAND_STILL = frozenset(
     {
         *("CW", "EADL1", "EADEN", "TPGD", "SparseFool"),
-        *("CarliniL2Method", "CarliniLInfMethod", "ElasticNet", "NewtonFool", "Wasserstein"),
+        *("CarliniL2Method", "CarliniLInfMethod", "ElasticNet", "NewtonFool"),
         *("ShadowAttack", "VirtualAdversarialMethod", "DeepFool"),
+        *("AutoConjugateGradient", "RescalingAutoConjugateGradient"),
     }
 )
 """Two steps are not enough for these, or their loss is not that of the answer."""
