@@ -1,9 +1,9 @@
-"""Make docs/results/attacks.md: ``python benchmarks/results_attacks.py [--jobs 2] [--by-budget]``.
+"""Make docs/results/attacks.md: ``python benchmarks/results_attacks.py [--jobs 2] [--by budget]``.
 
-Runs (or resumes) `scenarios/attacks.yaml` attack by attack (and, if asked, budget by budget), each
-in a run folder of its own, and writes one page from their ``summary.json`` and ``manifest.json``;
-nothing in it is typed by hand. Ids and seeds of a cell depend on nothing else in a scenario, so
-the parts equal one long run.
+Runs (or resumes) `scenarios/attacks.yaml` attack by attack (and, if asked, budget by budget or
+compression by compression), each in a run folder of its own, and writes one page from their
+``summary.json`` and ``manifest.json``; nothing in it is typed by hand. Ids and seeds of a cell
+depend on nothing else in a scenario, so the parts equal one long run.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/attacks"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/attacks.md"))
     parser.add_argument("--jobs", type=int, default=1, help="attacks run side by side")
-    parser.add_argument("--only", nargs="*", help="attacks (or attack@budget) to run")
-    parser.add_argument("--by-budget", action="store_true", help="a run folder for each budget")
+    parser.add_argument("--only", nargs="*", help="attacks (or attack@part) to run")
+    parser.add_argument("--by", choices=("budget", "compression"), help="run folders smaller still")
     parser.add_argument("--only-page", action="store_true", help="do not run; use the folders")
     arguments = parser.parse_args()
-    parts = split(arguments.scenario, arguments.runs, by_budget=arguments.by_budget)
+    parts = split(arguments.scenario, arguments.runs, arguments.by)
     if not arguments.only_page:
         chosen = [part for label, part in parts.items() if wanted(label, arguments.only)]
         with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -48,7 +48,7 @@ def main() -> None:
     summaries = [_read(folder, "summary") for folder in folders]
     manifests = [_read(folder, "manifest") for folder in folders]
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    asked = split(arguments.scenario, arguments.runs, by_budget=False)
+    asked = split(arguments.scenario, arguments.runs)
     ran = {folder.name.partition("@")[0] for folder in folders}
     absent = [label for label in asked if label not in ran]
     text = page(summaries, manifests, _command(arguments), absent)
@@ -56,20 +56,24 @@ def main() -> None:
     print(f"written: {arguments.page}")
 
 
-def split(scenario: Path, runs: Path, *, by_budget: bool) -> dict[str, Path]:
-    """One scenario for each attack, or for each of its budgets; each lies beside its run folder."""
+def split(scenario: Path, runs: Path, by: str | None = None) -> dict[str, Path]:
+    """One scenario for each attack, or each of its budgets or compressions, beside its folder."""
     whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
     default = whole.pop("epsilons")
     runs.mkdir(parents=True, exist_ok=True)
     found = {}
     for attack in whole["attacks"]:
-        budgets = attack.get("epsilons", default)
-        for some in [[one] for one in budgets] if by_budget else [budgets]:
-            label = label_of(attack) + (f"@{some[0].partition('/')[0]}" if by_budget else "")
-            part = runs / f"{label}.yaml"
-            one = {**whole, "attacks": [{**attack, "epsilons": some}]}
+        budgets, compressions = attack.get("epsilons", default), whole["compressions"]
+        parts = [("", budgets, compressions)]
+        if by == "budget":
+            parts = [(f"@{one.partition('/')[0]}", [one], compressions) for one in budgets]
+        elif by == "compression":
+            parts = [(f"@{one['type']}", budgets, [one]) for one in compressions]
+        for suffix, some, these in parts:
+            part = runs / f"{label_of(attack)}{suffix}.yaml"
+            one = {**whole, "compressions": these, "attacks": [{**attack, "epsilons": some}]}
             part.write_text(yaml.safe_dump(one, sort_keys=False), encoding="utf-8")
-            found[label] = part
+            found[part.stem] = part
     return found
 
 
@@ -95,16 +99,19 @@ def wanted(label: str, only: Sequence[str] | None) -> bool:
 
 def _folders(scenario: Path, runs: Path) -> Iterable[Path]:
     """Run folders that have something to say, in the order of the scenario."""
-    for label in split(scenario, runs, by_budget=False):
-        whole, *budgets = runs / label, *sorted(runs.glob(f"{label}@*/"), key=_budget)
-        found = [one for one in (whole, *budgets) if (one / "summary.json").exists()]
+    for label in split(scenario, runs):
+        parts = [runs / f"{label}{suffix}" for suffix in ("", *_suffixes(scenario))]
+        found = [one for one in parts if (one / "summary.json").exists()]
         if not found:
-            print(f"missing: {whole}")
-        yield from found[:1] if whole in found else found
+            print(f"missing: {parts[0]}")
+        yield from found[:1] if parts[0] in found else found
 
 
-def _budget(folder: Path) -> float:
-    return float(folder.name.partition("@")[2])
+def _suffixes(scenario: Path) -> Iterable[str]:
+    """What `split` may add to an attack's label, in order."""
+    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+    yield from (f"@{one['type']}" for one in whole["compressions"])
+    yield from (f"@{one.partition('/')[0]}" for one in whole["epsilons"])
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
