@@ -15,8 +15,8 @@ from attacks.libraries import LibraryAttack, load_class
 from attacks.option_logits import OptionLogits
 from targets.base import Knowledge
 
-_PROBABILITIES: Final = frozenset({"SimBA", "VirtualAdversarialMethod"})
-"""They refuse a classifier whose outputs are not probabilities."""
+_PROBABILITIES: Final = frozenset({"SimBA"})
+"""It refuses a classifier whose outputs are not probabilities."""
 _IN_PAIRS: Final = frozenset({"PixelAttack"})
 """They squeeze a batch of one into no batch at all, so the picture is given twice."""
 

@@ -47,7 +47,7 @@ _REAL: Final = frozenset({"c", "kappa", "lam", "scale"})
 """Parameters that are real numbers although their default is written as a whole one."""
 _AT_LEAST: Final = {("EADL1", "max_iterations"): 10, ("EADEN", "max_iterations"): 10}
 """Below, these divide by zero."""
-_SPHERES: Final = frozenset({"PGDL2", "PGDRSL2", "VirtualAdversarialMethod"})
+_SPHERES: Final = frozenset({"PGDL2", "PGDRSL2"})
 """Their radius is an l2 length, and there is no parameter to change that."""
 _OWN_BALL: Final = frozenset({"Wasserstein"})
 """Their radius is of a norm that a scenario does not know; it stays the library's."""
@@ -429,7 +429,26 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         np.random.seed(seed % 2**32)
         random.seed(seed)
         try:
-            yield
+            with _seeded_generators():
+                yield
         finally:
             np.random.set_state(arrays)
             random.setstate(python)
+
+
+class _Drawn(np.random.RandomState):
+    """A generator made without a seed takes one from the global numbers, not from the system."""
+
+    def __init__(self, seed: Any = None) -> None:  # noqa: ANN401 - numpy's
+        super().__init__(np.random.randint(2**32, dtype=np.uint32) if seed is None else seed)
+
+
+@contextlib.contextmanager
+def _seeded_generators() -> Iterator[None]:
+    """Some attacks (HopSkipJump, BoundaryAttack) make generators of their own, without a seed."""
+    original = np.random.RandomState
+    np.random.RandomState = _Drawn  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        np.random.RandomState = original  # type: ignore[misc]

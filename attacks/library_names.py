@@ -105,7 +105,7 @@ ART: Final = Library(
             "ProjectedGradientDescent ProjectedGradientDescentNumpy "
             "ProjectedGradientDescentPyTorch AutoProjectedGradientDescent AutoConjugateGradient "
             "RescalingAutoConjugateGradient CarliniL2Method CarliniLInfMethod DeepFool "
-            "ElasticNet NewtonFool ShadowAttack VirtualAdversarialMethod",
+            "ElasticNet NewtonFool ShadowAttack",
         )
         | _each(
             Knowledge.SCORES,
@@ -130,8 +130,8 @@ ART: Final = Library(
                     "AdversarialTexturePyTorch GRAPHITEBlackbox GRAPHITEWhiteboxPyTorch "
                     "LaserAttack PatchFoolPyTorch"
                 ),
-                "it works pixel by pixel with a Jacobian each time: hours for one picture": (
-                    "SaliencyMapMethod CarliniL0Method"
+                "it works pixel by pixel and asks the model for each: hours for one picture": (
+                    "SaliencyMapMethod CarliniL0Method VirtualAdversarialMethod"
                 ),
                 "it searches over one variable for each pixel and needs the package cma": (
                     "ThresholdAttack"

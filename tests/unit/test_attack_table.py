@@ -104,7 +104,10 @@ ROWS = [
     Row(attacks.TorchAttack(attack="OnePixel"), uses_gradient=False, package="torchattacks"),
     Row(attacks.TorchAttack(attack="PGDL2", norm="l2"), package="torchattacks"),
     Row(attacks.ArtAttack(), stochastic=False, package="art"),
-    Row(attacks.ArtAttack(attack="SquareAttack"), uses_gradient=False, package="art"),
+    Row(
+        attacks.ArtAttack(attack="SquareAttack"),
+        **{"uses_gradient": False, "every_sample": False, "package": "art"},
+    ),
 ]
 
 
