@@ -94,11 +94,12 @@ def project(clean: Tensor, images: Tensor, budget: Budget) -> Tensor:
     """
     delta = images - clean
     if budget.norm == "linf":
-        delta = delta.clamp(-budget.epsilon, budget.epsilon)
+        delta = delta.clamp_(-budget.epsilon, budget.epsilon)
     else:
         length = delta.flatten(1).norm(dim=1).clamp_min(1e-12)
         delta = delta * (budget.epsilon / length).clamp_max(1.0).view(-1, 1, 1, 1)
-    return (clean + delta).clamp(0.0, 1.0)
+    # In place on what was made here: this runs in every step.
+    return delta.add_(clean).clamp_(0.0, 1.0)
 
 
 def quantise(clean: Tensor, images: Tensor, budget: Budget) -> Tensor:
@@ -115,12 +116,12 @@ def quantise(clean: Tensor, images: Tensor, budget: Budget) -> Tensor:
         factor whose rounded image fits.
     """
     base = to_levels(clean)
-    delta = project(clean, images, budget) * LEVELS - base
+    delta = project(clean, images, budget).mul_(LEVELS).sub_(base)
     if budget.norm == "linf":
-        rounded = delta.round().clamp(-budget.levels, budget.levels)
+        rounded = delta.round_().clamp_(-budget.levels, budget.levels)
     else:
         rounded = _round_in_sphere(delta, budget.epsilon)
-    return from_levels((base + rounded).clamp(0, LEVELS))
+    return from_levels(rounded.add_(base).clamp_(0, LEVELS))
 
 
 def _round_in_sphere(delta: Tensor, epsilon: float) -> Tensor:

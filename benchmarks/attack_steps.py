@@ -4,8 +4,11 @@
 
 - a step of CAA (preset ``paper``) against VisionZip and against FastV at K = 2,
 - the *bare* forward and backward pass to the pixels of just the modules that step needs,
+- a step of VEAttack, which needs the tower alone, beside the bare tower,
 - a step of CAA that preserves the full path, and a step of PGD on the full path,
-- the bare forward and backward pass of the whole model.
+- the bare forward and backward pass of the whole model,
+- a PGD step of ours, of torchattacks and of ART (where they are installed) on one wrapped model,
+  the LVLM as a classifier of answer options, and the bare passes of that.
 
 A step's time is the difference of a long and a short attack divided by the difference in steps, so
 that set-up is not counted. Medians over repeats; ratios are what to read.
@@ -20,16 +23,24 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from attacks.base import Attack
+from attacks.budget import Budget
 from attacks.caa import CAA
+from attacks.descent import descend
+from attacks.option_logits import OptionLogits
 from attacks.pgd import PGD
-from targets.base import Batch
+from attacks.seeds import SeedBank
+from attacks.veattack import VEAttack
+from targets.base import Batch, Knowledge
 from targets.compression.base import Compressor
 from targets.compression.fastv import FastV
 from targets.compression.visionzip import VisionZip
@@ -37,6 +48,9 @@ from targets.lvlm import LVLM
 from targets.scenes import WEIGHTS, world
 
 SHORT, LONG = 2, 8
+EPSILON = 8 / 255
+OPTIONS = {"exists": ("yes", "no")}
+"""Answers of the questions that the wrapped model is asked; the rest is left out there."""
 
 
 def main() -> None:
@@ -91,8 +105,18 @@ def _ratios(medians: dict[str, float]) -> dict[str, float]:
         "CAA preserving the full path, VisionZip ÷ PGD": ("caa preserving visionzip", "pgd full"),
         "CAA preserving the full path, FastV ÷ PGD": ("caa preserving fastv", "pgd full"),
         "PGD on the full path ÷ bare whole model": ("pgd full", "bare whole model"),
+        "VEAttack ÷ bare tower": ("veattack", "bare tower alone"),
+        "wrapped PGD, ours ÷ bare": ("wrapped pgd", "wrapped bare"),
+        "wrapped PGD, torchattacks ÷ bare": ("wrapped torchattacks.PGD", "wrapped bare"),
+        "wrapped PGD, ART ÷ bare": ("wrapped art.ProjectedGradientDescent", "wrapped bare"),
+        "wrapped PGD, ours ÷ torchattacks": ("wrapped pgd", "wrapped torchattacks.PGD"),
+        "wrapped PGD, ours ÷ ART": ("wrapped pgd", "wrapped art.ProjectedGradientDescent"),
     }
-    return {name: round(medians[a] / medians[b], 3) for name, (a, b) in pairs.items()}
+    return {
+        name: round(medians[a] / medians[b], 3)
+        for name, (a, b) in pairs.items()
+        if a in medians and b in medians
+    }
 
 
 def _batch(size: int, device: str) -> Batch:
@@ -103,6 +127,7 @@ def _batch(size: int, device: str) -> Batch:
         images.to(device),
         tuple(s.question for s in samples),
         tuple(s.answer for s in samples),
+        tuple(OPTIONS.get(s.kind, ()) for s in samples),
     )
 
 
@@ -122,6 +147,9 @@ def _cases(
         "caa preserving fastv": lambda: _step(target, batch, fastv, CAA, strict),
         "pgd full": lambda: _step(target, batch, None, PGD, {}),
         "bare whole model": lambda: bare.time(bare.whole),
+        "veattack": lambda: _step(target, batch, None, VEAttack, {}),
+        "bare tower alone": lambda: bare.time(bare.tower_alone),
+        **_Wrapped(target, batch).cases(),
     }
 
 
@@ -139,11 +167,88 @@ def _step(
         needs = getattr(attack, "needs", attack.knowledge)
         view = target.view(needs, compressor)
         start = time.perf_counter()
-        attack(view, batch, 8 / 255, list(range(len(batch.ids))))
+        attack(view, batch, EPSILON, list(range(len(batch.ids))))
         _synchronise(batch.images)
         return time.perf_counter() - start
 
     return (run(LONG) - run(SHORT)) / (LONG - SHORT)
+
+
+class _Wrapped:
+    """One classifier of answer options, attacked by three loops of the same steps."""
+
+    def __init__(self, target: LVLM, batch: Batch) -> None:
+        options = [one or () for one in batch.options or ()]
+        common = statistics.mode(len(one) for one in options if len(one) > 1)
+        rows = [row for row, one in enumerate(options) if len(one) == common]
+        self.share = len(rows) / len(batch.ids)
+        self.batch = batch.rows(rows)
+        self.model = OptionLogits(target.view(Knowledge.WHITE_BOX), self.batch)
+        self.labels = self.model.labels
+
+    def cases(self) -> dict[str, Callable[[], float]]:
+        """By name; a library that is not installed has none."""
+        found = {
+            "wrapped bare": lambda: self.per_step(self.bare),
+            "wrapped pgd": lambda: self.per_step(self.ours),
+        }
+        if find_spec("torchattacks"):
+            found["wrapped torchattacks.PGD"] = lambda: self.per_step(self.torchattacks)
+        if find_spec("art"):
+            found["wrapped art.ProjectedGradientDescent"] = lambda: self.per_step(self.art)
+        return found
+
+    def per_step(self, run: Callable[[int], object]) -> float:
+        """Seconds a step, as if the whole batch had taken part."""
+        times = []
+        for steps in (SHORT, LONG):
+            start = time.perf_counter()
+            run(steps)
+            _synchronise(self.batch.images)
+            times.append(time.perf_counter() - start)
+        return (times[1] - times[0]) / (LONG - SHORT) / self.share
+
+    def bare(self, steps: int) -> None:
+        for _ in range(steps):
+            images = self.batch.images.clone().requires_grad_(True)
+            torch.autograd.grad(functional.cross_entropy(self.model(images), self.labels), images)
+
+    def ours(self, steps: int) -> object:
+        def loss(images: Tensor, _: int) -> Tensor:
+            return -functional.cross_entropy(self.model(images), self.labels, reduction="none")
+
+        seeds = SeedBank(list(range(len(self.batch.ids))), self.batch.images.device)
+        return descend(loss, self.batch, Budget(EPSILON, steps=steps), seeds)
+
+    def torchattacks(self, steps: int) -> object:
+        import torchattacks
+
+        attack = torchattacks.PGD(self.model, eps=EPSILON, alpha=EPSILON / 6, steps=steps)
+        return attack(self.batch.images, self.labels)
+
+    def art(self, steps: int) -> object:
+        from art.attacks.evasion import ProjectedGradientDescentPyTorch
+        from art.estimators.classification import PyTorchClassifier
+
+        images = self.batch.images
+        classifier = PyTorchClassifier(
+            model=self.model,
+            loss=nn.CrossEntropyLoss(),
+            input_shape=tuple(images.shape[1:]),
+            nb_classes=self.model.classes,
+            clip_values=(0.0, 1.0),
+            device_type="gpu" if images.is_cuda else "cpu",
+        )
+        attack = ProjectedGradientDescentPyTorch(
+            classifier,
+            eps=EPSILON,
+            eps_step=EPSILON / 6,
+            max_iter=steps,
+            num_random_init=1,
+            batch_size=len(images),
+            verbose=False,
+        )
+        return attack.generate(images.cpu().numpy(), self.labels.cpu().numpy())
 
 
 class _Bare:
@@ -180,6 +285,11 @@ class _Bare:
         """Vision tower and projector."""
         features = self.model.model.get_image_features(pixel_values=pixels).pooler_output
         return torch.stack(list(features))
+
+    def tower_alone(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The vision tower."""
+        found: torch.Tensor = self.model.model.vision_tower(pixels).last_hidden_state
+        return found
 
     def first_layers(self, pixels: torch.Tensor) -> torch.Tensor:
         """The same, language-model layer 0, and q and k of layer 1."""

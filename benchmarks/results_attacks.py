@@ -237,12 +237,13 @@ def _section(compression: str, cells: list[Cell]) -> str:
 
 
 def _settings(manifests: list[dict[str, Any]]) -> str:
-    lines = ["## Settings", ""]
+    lines = ["## Settings\n"]
     for manifest in manifests:
         for attack in manifest["scenario"]["attacks"]:
             options = {key: one for key, one in attack.items() if key not in ("name", "epsilons")}
             lines.append(f"- {attack['name']}: `{json.dumps(options)}`")
-    return "\n".join(lines) + "\n"
+    # Parts of one attack say the same.
+    return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
 def _effort(cell: Cell, name: str) -> str:

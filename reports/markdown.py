@@ -49,7 +49,7 @@ def render_markdown(manifest: Manifest, summary: Mapping[str, Any], found: Findi
         _bullets("What stands out", [escape(one, 2_000) for one in statements(summary)]),
         _cells(summary),
         _availability(availability.table(manifest, summary)),
-        _transfer(summary.get("transfer")),
+        transfer_section(summary.get("transfer")),
         _findings(found),
         _bullets("Before you trust it", [escape(one, 2_000) for one in notes(summary)]),
         _bullets("How to read it", HOW_TO_READ),
@@ -90,7 +90,7 @@ def _cells(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _transfer(matrix: Mapping[str, Any] | None) -> str:
+def transfer_section(matrix: Mapping[str, Any] | None) -> str:
     """Source × target matrices, the noise control beside each value."""
     if matrix is None:
         return ""
