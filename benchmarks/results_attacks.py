@@ -160,7 +160,11 @@ def _head(
         first["provenance"].get("identity", {}).get("targets", {}), sort_keys=True
     )
     whole = {len(manifest["samples"]) for manifest in manifests}
-    errors = sum(summary["progress"]["errors"] for summary in summaries)
+    failed: dict[str, int] = {}
+    for summary, manifest in zip(summaries, manifests, strict=True):
+        name = manifest["scenario"]["attacks"][0]["name"]
+        failed[name] = failed.get(name, 0) + summary["progress"]["errors"]
+    errors = ", ".join(f"{count} of {name}" for name, count in failed.items() if count) or "0"
     missing = sum(summary["progress"]["missing"] for summary in summaries)
     return f"""# Every attack on the scenes LVLM
 
@@ -168,7 +172,8 @@ Made by `{command}` from the scenario it names (`{SCENARIO}` by default); do not
 {lacking}
 {" or ".join(map(str, sorted(whole)))} samples of the held-out test split, one question a picture;
 seed {first["seed"]}; device {first["provenance"].get("identity", {}).get("device", "unknown")};
-{first["created"]}. {errors} trials ended in an error, {missing} did not run. 95 % intervals:
+{first["created"]}. Trials that ended in an error: {errors}; {missing}
+did not run. 95 % intervals:
 Wilson for rates, paired bootstrap by picture for CSG. Attack options were chosen on the validation
 split. What the columns mean: [metrics.md](../metrics.md). *steps* are gradients taken for one
 image, measured; *queries* are questions to the deployed target. The target is a tiny model of a
