@@ -33,10 +33,14 @@ class Lattice:
         """The lattice of images of these layouts, padded to the longest."""
         width = max(one.tokens for one in layouts)
 
+        members = alike(layouts)
+
         def padded(name: str) -> Tensor:
-            rows = [getattr(one, name) for one in layouts]
-            rows = [torch.nn.functional.pad(row, (0, width - len(row))) for row in rows]
-            return torch.stack(rows).to(device)
+            found = torch.zeros(len(layouts), width, dtype=torch.long)
+            for images in members:
+                row = getattr(layouts[images[0]], name)
+                found[images, : len(row)] = row
+            return found.to(device)
 
         return Lattice(padded("tile"), padded("row"), padded("column"), tuple(layouts))
 
@@ -64,6 +68,12 @@ class ImageSlots:
     carries: Tensor
     lattice: Lattice
     separators: Tensor
+
+    @property
+    def carry_themselves(self) -> bool:
+        """Whether every place carries its own token, as before any merging."""
+        own = torch.arange(self.carries.shape[1], device=self.carries.device)
+        return torch.equal(self.carries, own.expand_as(self.carries))
 
     @property
     def totals(self) -> Tensor:
@@ -128,26 +138,36 @@ def find_slots(image_mask: Tensor, layouts: Sequence[Layout]) -> ImageSlots | No
             f"rows hold {image_mask.sum(1).tolist()} image placeholders, but the images have "
             f"{wanted} of them"
         )
-    width = max(one.tokens for one in layouts)
-    rows, columns, alive = [], [], []
+    count, width = len(layouts), max(one.tokens for one in layouts)
+    rows = hits.new_zeros(count)
+    columns = hits.new_zeros(count, width)
+    alive = torch.zeros(count, width, dtype=torch.bool, device=hits.device)
     separators = torch.zeros_like(image_mask)
-    for part, one in zip(torch.split(hits, wanted), layouts, strict=True):
-        if bool((part[:, 0] != part[0, 0]).any()):
+    starts = torch.tensor([0, *wanted[:-1]], device=hits.device).cumsum(0)
+    for images in alike(layouts):
+        one = layouts[images[0]]
+        # [n, placeholders, 2]: row and column of each placeholder of n images.
+        part = hits[starts[images][:, None] + torch.arange(one.placeholders, device=hits.device)]
+        if bool((part[..., 0] != part[:, :1, 0]).any()):
             raise CompressionError(
                 f"the {one.placeholders} placeholders of an image are spread over several rows: "
                 f"rows hold {image_mask.sum(1).tolist()}, the images have {wanted}"
             )
-        pad = (0, width - one.tokens)
-        rows.append(part[0, 0])
-        columns.append(torch.nn.functional.pad(part[one.columns.to(part.device), 1], pad))
-        alive.append(torch.arange(width, device=part.device) < one.tokens)
-        apart = part[one.separators.to(part.device)]
+        rows[images] = part[:, 0, 0]
+        columns[images, : one.tokens] = part[:, one.columns.to(part.device), 1]
+        alive[images, : one.tokens] = True
+        apart = part[:, one.separators.to(part.device)].flatten(0, 1)
         separators[apart[:, 0], apart[:, 1]] = True
-    places = torch.arange(width, device=hits.device).expand(len(rows), width).clone()
-    lattice = Lattice.of(layouts, hits.device)
-    return ImageSlots(
-        torch.stack(rows), torch.stack(columns), torch.stack(alive), places, lattice, separators
-    )
+    places = torch.arange(width, device=hits.device).expand(count, width).clone()
+    return ImageSlots(rows, columns, alive, places, Lattice.of(layouts, hits.device), separators)
+
+
+def alike(layouts: Sequence[Layout]) -> list[list[int]]:
+    """Images of one layout, the very object: a batch of equal pictures has one for all."""
+    found: dict[int, list[int]] = {}
+    for image, one in enumerate(layouts):
+        found.setdefault(id(one), []).append(image)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,6 +251,8 @@ def _fit(values: Tensor, slots: ImageSlots) -> Tensor:
         raise CompressionError(
             f"the vision tower gave {values.shape[1]} tokens, the prompt has places for {width}"
         )
+    if values.shape[1] == width and slots.carry_themselves:
+        return values
     index = slots.carries.reshape(*slots.carries.shape, *[1] * (values.dim() - 2))
     return values.gather(1, index.expand(*slots.carries.shape, *values.shape[2:]))
 

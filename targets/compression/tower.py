@@ -39,4 +39,7 @@ def at_places(values: Tensor, seen: Seen) -> Tensor:
     """
     if seen.text is None:
         return values
-    return gather_rows(values, seen.text.slots.carries)
+    slots = seen.text.slots
+    if values.shape[1] == slots.carries.shape[1] and slots.carry_themselves:
+        return values
+    return gather_rows(values, slots.carries)

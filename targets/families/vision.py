@@ -163,7 +163,16 @@ class VisionPass:
 
     def per_token(self, values: Tensor) -> Tensor:
         """Values ``[G, P, …]`` of patches, gathered by token: ``[I, V, r, …]``."""
+        if self._is_plain(values):
+            return values.unsqueeze(2)
         return values.flatten(0, 1)[self.patches_of]
+
+    def _is_plain(self, values: Tensor) -> bool:
+        """Whether token v of image i is patch v of run i; the backward of a gather is slow."""
+        places = self.patches_of
+        if places.shape[2] != 1 or values.shape[:2] != places.shape[:2]:
+            return False
+        return torch.equal(places.flatten(), torch.arange(places.numel(), device=places.device))
 
     def _tokens(self, values: Tensor) -> Tensor:
         return self.per_token(values.transpose(1, 2)).mean(2).transpose(1, 2)
