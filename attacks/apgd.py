@@ -96,6 +96,11 @@ class APGD(Attack):
         """Unless it attacks the full path alone."""
         return self.path != "full"
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Two where the loss looks at both paths."""
+        return 2 if self.path == "both" or self.preserve_weight else 1
+
     def budget(self, epsilon: float) -> Budget:
         """Radius, norm, steps, and restarts of all targets together."""
         restarts = self.restarts * max(self.targets, 1)

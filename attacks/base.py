@@ -128,6 +128,11 @@ class Attack(ABC):
         """
         return self.needs in _COMPRESSION_AWARE
 
+    @property
+    def gradients_per_step(self) -> int:
+        """How many gradients a step takes: several where its loss looks at several paths."""
+        return 1
+
     def idle(self, compressor: Compressor) -> str | None:
         """Why it cannot do anything about a compressor; None if it can. See `sometimes_idle`."""
         del compressor

@@ -171,6 +171,11 @@ class CAA(Attack):
         """Not where it works on a declared range instead."""
         return not self.layers
 
+    @property
+    def gradients_per_step(self) -> int:
+        """One for each layer of a declared range."""
+        return max(len(self.layers), 1)
+
     def budget(self, epsilon: float) -> Budget:
         """Linf radius, step size, steps and restarts."""
         return Budget(epsilon, "linf", self.alpha, self.steps, self.restarts)

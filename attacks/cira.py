@@ -92,6 +92,11 @@ class CIRA(EncoderAttack):
         super().__post_init__()
         ordered_range(self.name, self.k_min, self.k_max)
 
+    @property
+    def gradients_per_step(self) -> int:
+        """One for each shifted picture."""
+        return 4 if self.views == "translations" else 1
+
     def propose(self, view: EncoderView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Rank the clean images once, then climb."""
         objective = _Objective(self, view, batch)

@@ -94,6 +94,11 @@ class MarginSplit(Attack):
                 f"[{_RANGE[0]}, {_RANGE[1]}]"
             )
 
+    @property
+    def gradients_per_step(self) -> int:
+        """One on each path."""
+        return 2
+
     def budget(self, epsilon: float) -> Budget:
         """Radius, step size, steps and restarts."""
         alpha = epsilon / 3 if self.alpha is None else self.alpha

@@ -23,13 +23,11 @@ class Member:
         home: ``module:Class`` in this package.
         options: that differ from the attack's defaults.
         goals: for which it is run unless members are named.
-        passes: gradients that one step takes; two where the loss looks at both paths.
     """
 
     home: str
     options: Mapping[str, Any] = field(default_factory=dict)
     goals: tuple[Goal, ...] = GOALS
-    passes: int = 1
 
     def make(self, steps: int) -> Attack:
         """The attack, with this many steps if it takes any."""
@@ -60,11 +58,9 @@ MEMBERS: Mapping[str, Member] = MappingProxyType(
         "pgd_full": Member("pgd:PGD", goals=("full",)),
         "apgd": Member("apgd:APGD", {**_THROUGH, "loss": "margin"}, ("compressed",)),
         "apgd_full": Member("apgd:APGD", {"loss": "margin"}, ("full",)),
-        "pgd_sparing": Member("pgd:PGD", _SPARING, ("compression_only",), passes=2),
-        "apgd_sparing": Member(
-            "apgd:APGD", {**_SPARING, "loss": "margin"}, ("compression_only",), passes=2
-        ),
-        "margin_split": Member("margin_split:MarginSplit", goals=("compression_only",), passes=2),
+        "pgd_sparing": Member("pgd:PGD", _SPARING, ("compression_only",)),
+        "apgd_sparing": Member("apgd:APGD", {**_SPARING, "loss": "margin"}, ("compression_only",)),
+        "margin_split": Member("margin_split:MarginSplit", goals=("compression_only",)),
         "square": Member("square:Square", {"queries": 100}, COMPRESSED),
     }
 )
@@ -75,10 +71,10 @@ def members_for(goal: Goal) -> tuple[str, ...]:
     return tuple(name for name, member in MEMBERS.items() if goal in member.goals)
 
 
-def gradients(name: str, attack: Attack, epsilon: float) -> int:
-    """Most gradients a member takes for one sample."""
+def gradients(attack: Attack, epsilon: float) -> int:
+    """Most gradients an attack takes for one sample."""
     budget = attack.budget(epsilon)
-    return budget.steps * budget.restarts * (MEMBERS[name].passes if name in MEMBERS else 1)
+    return budget.steps * budget.restarts * attack.gradients_per_step
 
 
 def make_member(owner: str, name: str, steps: int) -> Attack:

@@ -67,7 +67,7 @@ class Minimal(Attack):
         runs = 1 + max(0, math.ceil(math.log2(max(1.0, whole.levels / self.resolution))))
         return Budget(
             epsilon,
-            steps=runs * gradients(self.attack, member, epsilon),
+            steps=runs * gradients(member, epsilon),
             queries=runs * (one.queries + QUESTIONS) + QUESTIONS,
         )
 

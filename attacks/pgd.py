@@ -86,6 +86,11 @@ class PGD(Attack):
         """Unless it attacks the full path alone."""
         return self.path != "full"
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Two where the loss looks at both paths."""
+        return 2 if self.path == "both" or self.preserve_weight else 1
+
     def budget(self, epsilon: float) -> Budget:
         """Radius, norm, step size, steps and restarts."""
         return Budget(epsilon, self.norm, self.alpha, self.steps, self.restarts)

@@ -73,7 +73,7 @@ class Suite(Attack):
         parts = [attack.budget(epsilon) for attack in members.values()]
         return Budget(
             epsilon,
-            steps=sum(gradients(name, attack, epsilon) for name, attack in members.items()),
+            steps=sum(gradients(attack, epsilon) for attack in members.values()),
             queries=sum(part.queries for part in parts) + QUESTIONS * (len(parts) + 1),
         )
 

@@ -87,6 +87,11 @@ class TokenCount(Attack):
         """Why there is nothing to do where the number of kept tokens is fixed."""
         return None if compressor.count_varies else FIXED
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Two where an answer is preserved: through the ranking, and through the answer."""
+        return 2 if self.preserves else 1
+
     def budget(self, epsilon: float) -> Budget:
         """Linf radius, step size, steps and restarts."""
         return Budget(epsilon, "linf", self.alpha, self.steps, self.restarts)

@@ -175,12 +175,13 @@ def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: 
         # A method's own message about its own options.
         raise ScenarioError([attack.problem(str(error))]) from error
     steps = budget.steps + 1 if budget.steps else 0
+    each = instance.gradients_per_step
     return _Traits(
         needs=instance.needs.value,
         knows_compression=bool(instance.knows_compression),
         norm=budget.norm,
-        steps=budget.steps * budget.restarts,
-        gradients=steps * budget.restarts,
+        steps=budget.steps * budget.restarts * each,
+        gradients=steps * budget.restarts * each,
         queries=budget.queries,
     )
 

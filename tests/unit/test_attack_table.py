@@ -111,6 +111,10 @@ ROWS = [
 ]
 
 
+DECLARE_OTHERWISE = (attacks.TransferCAA, attacks.TorchAttack, attacks.ArtAttack)
+"""Their steps take as many gradients as there are surrogates, draws, or as a library likes."""
+
+
 def registered() -> dict[str, type[Attack]]:
     """Every concrete attack in the package."""
     found: dict[str, type[Attack]] = {}
@@ -155,6 +159,10 @@ def test_every_attack_on_the_fake_target(row: Row, attention: bool) -> None:
     assert torch.equal((result.images * 255).round() / 255, result.images)
     assert float(result.linf.min() if row.every_sample else result.linf.max()) > 0
     assert (result.backwards > 0) == row.uses_gradient
+    budget = attack.budget(epsilon)
+    if not isinstance(attack, DECLARE_OTHERWISE):
+        declared = budget.steps * budget.restarts * attack.gradients_per_step
+        assert result.backwards <= declared, "no more than the plan says"
     passes = result.forwards + result.queries
     assert (passes == 0) == (attack.needs is Knowledge.NONE)
     if row.uses_gradient and row.every_sample:
