@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from targets.caches import cache_name
 from targets.compression.base import Compressor
 from targets.compression.session import compress
 from targets.costs import Dimensions, cache_bytes, prefill_macs
@@ -66,8 +67,8 @@ def pace(
         out = family.model(
             input_ids=prompt.ids,
             attention_mask=prompt.mask,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(): cache},
             **arguments,
         )
         prefilled = _now(family.device)
@@ -92,7 +93,8 @@ def _decode(model: Any, logits: Tensor, mask: Tensor, cache: Any, steps: int) ->
     for _ in range(steps):
         token = logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(token)], 1)
-        out = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+        given = {cache_name(): cache}
+        out = model(input_ids=token, attention_mask=mask, use_cache=True, **given)
         logits = out.logits
     return steps
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from targets.caches import cache_of
 from targets.compression import guards
 from targets.compression import state as states
 from targets.compression.base import Compressor, Cut, Merged, Stage
@@ -169,7 +170,7 @@ class CompressionSession:
         self, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         del module
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         guards.check_cache(cache)
         kwargs = dict(kwargs)
         if cache is None or cache.get_seq_length() == 0:
@@ -325,9 +326,7 @@ class CompressionSession:
                 "an image in a later part of a cached sequence is not supported; put all images "
                 "into the first call"
             )
-        guards.check_length(
-            self._groups[0].extended(steps).mask, kwargs["past_key_values"], 0, steps
-        )
+        guards.check_length(self._groups[0].extended(steps).mask, cache_of(kwargs), 0, steps)
         groups = {start: group.extended(steps) for start, group in self._groups.items()}
         given = kwargs.get("position_ids")
         positions = self._last[:, None] + 1 + torch.arange(steps, device=embeds.device)

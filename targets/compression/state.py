@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from targets.caches import cache_of
 from targets.compression import guards
 from targets.compression.base import Compressor, Cut, Merged
 from targets.compression.layout import Group, ImageSlots, columns_kept, reindexed, take
@@ -84,7 +85,7 @@ class TextPass:
         group = self.group(layer)
         if not group.inside and group.bias is None:
             return  # the model has made both from what it was given
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         guards.check_length(group.mask, cache, layer, hidden.shape[1])
         form = family.form(layer)
         if group.bias is not None:

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
+from targets.caches import cache_of
 from targets.compression.base import Compressor, Cut, Scores, Seen, Stage
 from targets.compression.budgets import checked_layers
 from targets.compression.layout import ImageSlots
@@ -322,7 +323,7 @@ class _Sparse:
         self._report(state, None if found is None else found[0], queries.shape[1])
         if found is None:
             return self._dense(*args, **kwargs)
-        cache, module = kwargs.get("past_key_values"), self._module
+        cache, module = cache_of(kwargs), self._module
         if cache is not None:
             cache.update(keys, values, module.layer_idx)
         group = state.group(self._layer)

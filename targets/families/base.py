@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from targets.caches import cache_name
 from targets.compression.base import Stage
 from targets.errors import TargetError
 from targets.families.vision import (
@@ -373,7 +374,7 @@ class Family(ABC):
             config=self.text.config,
             inputs_embeds=hidden,
             attention_mask=group.mask,
-            past_key_values=cache,
+            **{cache_name(): cache},
             layer_idx=layer if cache is not None else None,
             allow_is_causal_skip=not explicit,
         )

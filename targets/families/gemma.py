@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from targets.caches import cache_name, cache_of
 from targets.errors import TargetError
 from targets.families.base import Family, alike
 from targets.families.llava import clip_layers, tapped
@@ -209,10 +210,10 @@ class GemmaFamily(Family):
         del module
         from transformers import DynamicCache
 
-        cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use = cache_of(kwargs), kwargs.get("use_cache")
         use = self.text.config.use_cache if use is None else use
         if cache is None and use and not self.text.training:
-            return args, {**kwargs, "past_key_values": DynamicCache()}
+            return args, {**kwargs, cache_name(): DynamicCache()}
         if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
             cache.layers = [
                 _unbounded() if getattr(one, "is_sliding", False) else one for one in cache.layers
@@ -221,7 +222,7 @@ class GemmaFamily(Family):
 
     def _before_text(self, module: object, args: object, kwargs: dict[str, Any]) -> None:
         del module, args
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is None or cache.get_seq_length() == 0:
             self._columns = int(kwargs["inputs_embeds"].shape[1])
 
@@ -235,7 +236,7 @@ class GemmaFamily(Family):
             state = current()
             if state is None or state.prefill or state.group(layer).index is None:
                 return None
-            cache = kwargs["past_key_values"]
+            cache = cache_of(kwargs)
             mask = self.layer_mask(args[0], state.group(layer), cache, layer, None)
             return args, {**kwargs, "attention_mask": mask}
 

@@ -20,6 +20,7 @@ from families.gemma_runs import (
     model_of,
 )
 
+from targets.caches import cache_name
 from targets.compression import FastV, compress
 from targets.compression.base import Compressor, Stage
 
@@ -151,7 +152,7 @@ def test_a_cache_the_model_makes_itself_can_be_decoded_from(model: Any, kind: Ki
             input_ids=token,
             attention_mask=mask,
             position_ids=torch.tensor([[last]]),
-            past_key_values=out.past_key_values,
+            **{cache_name(): getattr(out, cache_name())},
         )
     assert torch.allclose(out.logits[:, -1], truth[:, 0], **CLOSE)
     assert torch.allclose(step.logits[:, -1], truth[:, 1], **CLOSE)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from targets.base import Knowledge, WhiteBoxView
+from targets.caches import cache_name
 from targets.compression import DivPrune, FastV, VisionZip, compress
 from targets.compression.base import Compressor
 from targets.errors import CompressionError, TargetError
@@ -264,7 +265,7 @@ def test_static_caches_are_refused(target: LVLM, module: ModuleType) -> None:
         pytest.raises(CompressionError, match="StaticCache"),
         compress(model, FastV(keep_tokens=9)),
     ):
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{cache_name(): cache}, use_cache=True)
 
 
 def test_a_full_sliding_cache_is_refused() -> None:
@@ -272,8 +273,8 @@ def test_a_full_sliding_cache_is_refused() -> None:
     model = gemma3.build_model()
     inputs = gemma3.inputs(gemma3.build_processor(), gemma.CASES["one image"])
     cache = DynamicCache(config=model.config)
-    model(**inputs, past_key_values=cache, use_cache=True)
-    step = {"input_ids": torch.tensor([[9]]), "past_key_values": cache}
+    model(**inputs, **{cache_name(): cache}, use_cache=True)
+    step = {"input_ids": torch.tensor([[9]]), cache_name(): cache}
     with (
         pytest.raises(CompressionError, match="DynamicCache"),
         compress(model, FastV(keep_tokens=9)),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from targets.caches import cache_name
 from targets.compression import FastV, Random, VisionZip, compress
 from targets.compression.base import Compressor, Stage
 from targets.errors import CompressionError
@@ -437,13 +438,13 @@ def test_unsupported_caches_are_refused(sdpa: Any, compressor: Compressor) -> No
             sdpa(
                 input_ids=ids,
                 pixel_values=pixels,
-                past_key_values=StaticCache(config=sdpa.config, max_cache_len=64),
+                **{cache_name(): StaticCache(config=sdpa.config, max_cache_len=64)},
             )
         cache = DynamicCache(config=sdpa.config)
-        sdpa(input_ids=ids, pixel_values=pixels, past_key_values=cache, use_cache=True)
+        sdpa(input_ids=ids, pixel_values=pixels, **{cache_name(): cache}, use_cache=True)
         cache.crop(-2)
         with pytest.raises(CompressionError, match="cropped"):
-            sdpa(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            sdpa(input_ids=ids[:, -1:], **{cache_name(): cache}, use_cache=True)
 
 
 def test_layers_that_do_not_exist_are_refused(sdpa: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from targets.base import Knowledge
+from targets.caches import cache_name
 from targets.compression import FastV, TokenSparseAttention, compress
 from targets.compression.token_sparse_attention import HEADS
 from targets.errors import CompressionError
@@ -201,7 +202,7 @@ def test_taken_apart_and_put_together_it_is_the_layer(
     inputs = batch(family, processor, "mixed")
     cache, other = DynamicCache(), DynamicCache()
     with torch.no_grad():
-        plain = model(**inputs, past_key_values=cache, use_cache=True).logits
+        plain = model(**inputs, **{cache_name(): cache}, use_cache=True).logits
 
     calls = []
 
@@ -215,7 +216,7 @@ def test_taken_apart_and_put_together_it_is_the_layer(
     layers = len(family_of(model).layers)
     one = TokenSparseAttention(layers=tuple(range(layers)))
     with torch.no_grad(), compress(model, one):
-        ours = model(**inputs, past_key_values=other, use_cache=True).logits
+        ours = model(**inputs, **{cache_name(): other}, use_cache=True).logits
     assert calls == list(range(layers))
     assert torch.allclose(ours[:, -1], plain[:, -1], **CLOSE)
     for layer in range(layers):

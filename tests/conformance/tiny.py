@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from targets.caches import cache_name
 from targets.compression import (
     CATP,
     AttentiveRemoval,
@@ -229,7 +230,7 @@ def greedy(
         attention_mask=mask,
         position_ids=positions,
         pixel_values=pixels,
-        past_key_values=cache,
+        **{cache_name(): cache},
         use_cache=True,
     )
     logits = [out.logits[:, -1]]
@@ -242,7 +243,7 @@ def greedy(
             input_ids=token,
             attention_mask=mask,
             position_ids=last,
-            past_key_values=cache,
+            **{cache_name(): cache},
             use_cache=True,
         )
         logits.append(out.logits[:, -1])

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from families import llava_next, llava_onevision
+from targets.caches import cache_name
 from targets.compression import DivPrune, FastV, Random, Uniform, VisionZip
 from targets.compression.base import Compressor
 
@@ -48,7 +49,7 @@ def decode(model: Any, batch: dict[str, Any], steps: int = STEPS) -> Tensor:
     cache = DynamicCache(config=model.config)
     mask = batch["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = model(**batch, position_ids=positions, **{cache_name(): cache}, use_cache=True)
     logits, last = [out.logits[:, -1]], positions[:, -1:]
     for _ in range(steps - 1):
         token = logits[-1].argmax(-1, keepdim=True)
@@ -57,7 +58,7 @@ def decode(model: Any, batch: dict[str, Any], steps: int = STEPS) -> Tensor:
             input_ids=token,
             attention_mask=mask,
             position_ids=last,
-            past_key_values=cache,
+            **{cache_name(): cache},
             use_cache=True,
         )
         logits.append(out.logits[:, -1])

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from families import gemma, gemma3, paligemma
+from targets.caches import cache_name
 from targets.compression.base import Compressor
 
 STEPS = 6  # prefill and 5 decode steps
@@ -95,7 +96,7 @@ def greedy(model: Any, kind: Kind, inputs: dict[str, Tensor], steps: int = STEPS
     mask = inputs["attention_mask"]
     cache = DynamicCache(config=model.config)
     where = positions(kind, mask)
-    out = model(**inputs, position_ids=where, past_key_values=cache, use_cache=True)
+    out = model(**inputs, position_ids=where, **{cache_name(): cache}, use_cache=True)
     logits = [out.logits[:, -1]]
     where = where[:, -1:]
     for _ in range(steps - 1):
@@ -105,7 +106,7 @@ def greedy(model: Any, kind: Kind, inputs: dict[str, Tensor], steps: int = STEPS
             input_ids=token,
             attention_mask=mask,
             position_ids=where,
-            past_key_values=cache,
+            **{cache_name(): cache},
             use_cache=True,
         )
         logits.append(out.logits[:, -1])

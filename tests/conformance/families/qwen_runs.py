@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from families import qwen
+from targets.caches import cache_name
 from targets.compression.base import Compressor
 from targets.compression.trace import Trace
 
@@ -32,7 +33,7 @@ def decode(model: Any, batch: dict[str, Any], steps: int = STEPS) -> Tensor:
     """Cached greedy decoding by hand, never stopping; logits ``[B, steps, vocabulary]``."""
     cache = DynamicCache(config=model.config)
     positions = positions_of(model, batch)
-    out = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = model(**batch, position_ids=positions, **{cache_name(): cache}, use_cache=True)
     logits, last, mask = [out.logits[:, -1]], positions[..., -1:], batch["attention_mask"]
     for _ in range(steps - 1):
         token = logits[-1].argmax(-1, keepdim=True)
@@ -41,7 +42,7 @@ def decode(model: Any, batch: dict[str, Any], steps: int = STEPS) -> Tensor:
             input_ids=token,
             attention_mask=mask,
             position_ids=last,
-            past_key_values=cache,
+            **{cache_name(): cache},
             use_cache=True,
         )
         logits.append(out.logits[:, -1])
