@@ -4,28 +4,38 @@ Runs (or resumes) `scenarios/attacks.yaml` attack by attack (and, if asked, budg
 compression by compression), each in a run folder of its own, and writes one page from their
 ``summary.json`` and ``manifest.json``; nothing in it is typed by hand. Ids and seeds of a cell
 depend on nothing else in a scenario, so the parts equal one long run.
+
+The whole table takes hours. With ``--update`` rows that have no run folder stay as they stand on
+the page, if their attack has the same options there: measure what changed (``--only``), keep the
+rest. Every row says when it was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import yaml
-from results_scenes import arrow, diagnosis, interval, low, value
+from results_scenes import arrow, diagnosis, interval
 
 SCENARIO = Path("scenarios/attacks.yaml")
 OURS = "margin_split"
 NOT_PUBLISHED = frozenset({OURS, "suite", "minimal"})
 CONTROLS = frozenset({"noise"})
-COMPARED_AT = 4 / 255
 Cell = dict[str, Any]
+Row = dict[str, str]
+"""Columns of a table by title, as they are printed."""
+Key = tuple[str, str, str]
+"""Compression, attack and ε·255 of a row."""
+_SETTING = re.compile(r"^- (\S+): `(\{.*\})`$", re.MULTILINE)
 
 
 def main() -> None:
@@ -37,6 +47,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="attacks run side by side")
     parser.add_argument("--only", nargs="*", help="attacks (or attack@part) to run")
     parser.add_argument("--by", choices=("budget", "compression"), help="run folders smaller still")
+    parser.add_argument("--update", action="store_true", help="keep rows that were not run again")
     parser.add_argument("--only-page", action="store_true", help="do not run; use the folders")
     arguments = parser.parse_args()
     parts = split(arguments.scenario, arguments.runs, arguments.by)
@@ -44,16 +55,25 @@ def main() -> None:
         chosen = [part for label, part in parts.items() if wanted(label, arguments.only)]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(run, chosen))
+    arguments.page.parent.mkdir(parents=True, exist_ok=True)
+    arguments.page.write_text(_page_of(arguments), encoding="utf-8")
+    print(f"written: {arguments.page}")
+
+
+def _page_of(arguments: argparse.Namespace) -> str:
+    """The page from the run folders there are and, if asked, from the page as it stands."""
     folders = list(_folders(arguments.scenario, arguments.runs))
     summaries = [_read(folder, "summary") for folder in folders]
     manifests = [_read(folder, "manifest") for folder in folders]
-    arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    asked = split(arguments.scenario, arguments.runs)
-    ran = {folder.name.partition("@")[0] for folder in folders}
-    absent = [label for label in asked if label not in ran]
-    text = page(summaries, manifests, _command(arguments), absent)
-    arguments.page.write_text(text, encoding="utf-8")
-    print(f"written: {arguments.page}")
+    whole = yaml.safe_load(arguments.scenario.read_text(encoding="utf-8"))
+    attacks = {label_of(attack): attack for attack in whole["attacks"]}
+    rows: dict[Key, Row] = {}
+    settings: dict[str, str] = {}
+    if arguments.update and arguments.page.exists():
+        rows, settings = carry(arguments.page.read_text(encoding="utf-8"), attacks)
+    ran = {folder.name.partition("@")[0] for folder in folders} | {key[1] for key in rows}
+    absent = [label for label in attacks if label not in ran]
+    return page(summaries, manifests, _command(arguments), absent, rows, settings, list(attacks))
 
 
 def split(scenario: Path, runs: Path, by: str | None = None) -> dict[str, Path]:
@@ -131,6 +151,9 @@ def page(
     manifests: list[dict[str, Any]],
     command: str,
     absent: Sequence[str],
+    carried: Mapping[Key, Row] | None = None,
+    settings: Mapping[str, str] | None = None,
+    order: Sequence[str] = (),
 ) -> str:
     """The whole page.
 
@@ -139,116 +162,194 @@ def page(
         manifests: of the parts.
         command: that makes it.
         absent: attacks of the scenario that were not run.
+        carried: rows measured earlier, which stand where no part has a newer one.
+        settings: options of the attacks of those rows, as written on a page.
+        order: of the attacks.
     """
-    cells = [cell for summary in summaries for cell in summary["cells"]]
-    compressions = list(dict.fromkeys(cell["compression"] for cell in cells))
-    parts = [_head(summaries, manifests, command, absent), _worst(cells, compressions)]
-    parts += [_section(name, cells) for name in compressions]
-    parts.append(_settings(manifests))
+    rows = dict(carried or {})
+    for summary, manifest in zip(summaries, manifests, strict=True):
+        rows.update(measured(summary, manifest))
+    places = {name: place for place, name in enumerate(order)}
+    ordered = sorted(rows, key=lambda key: (places.get(key[1], len(places)), float(key[2])))
+    rows = {key: rows[key] for key in ordered}
+    compressions = list(dict.fromkeys(key[0] for key in rows))
+    parts = [_head(rows, manifests, command, absent), _worst(rows)]
+    parts += [_section(name, rows) for name in compressions]
+    parts.append(_settings(manifests, settings))
     return "\n".join(parts)
 
 
+def measured(summary: dict[str, Any], manifest: dict[str, Any]) -> dict[Key, Row]:
+    """Rows of a part, by compression, attack and budget."""
+    rows = {}
+    for cell in summary["cells"]:
+        row = {title: show(cell) for title, show in COLUMNS}
+        row["measured"] = str(manifest["created"])[:10]
+        rows[cell["compression"], row["attack"], row["ε·255"]] = row
+    return rows
+
+
+def carry(
+    text: str, attacks: Mapping[str, dict[str, Any]]
+) -> tuple[dict[Key, Row], dict[str, str]]:
+    """Rows of an earlier page whose attacks still have the same options, and those options.
+
+    Args:
+        text: the page.
+        attacks: of the scenario as it is now, by label.
+    """
+    settings = dict(_SETTING.findall(text))
+    same = {name for name, said in settings.items() if _agree(attacks.get(name), json.loads(said))}
+    rows: dict[Key, Row] = {}
+    day = re.search(r"\d{4}-\d\d-\d\d", text)
+    compression, titles = "", list[str]()
+    for line in text.splitlines():
+        cells = [one.strip() for one in line.strip().strip("|").split("|")]
+        if line.startswith("## "):
+            compression, titles = line[3:].strip(), []
+        elif line.startswith("| attack |"):
+            titles = cells
+        elif titles and line.startswith("| ") and cells[0] in same:
+            row = dict(zip(titles, cells, strict=True))
+            row.setdefault("measured", day.group() if day else "–")  # older pages say it once
+            rows[compression, row["attack"], row["ε·255"]] = row
+    return rows, {name: settings[name] for name in same}
+
+
+def _agree(now: dict[str, Any] | None, then: dict[str, Any]) -> bool:
+    """Whether options written in a scenario are among the resolved ones of an earlier run."""
+    if now is None:
+        return False
+    asked = {key: one for key, one in now.items() if key not in ("name", "epsilons")}
+    return all(key in then and _number(then[key]) == _number(one) for key, one in asked.items())
+
+
+def _number(value: Any) -> Any:
+    """``3/255`` as the number that a resolved scenario holds."""
+    if isinstance(value, str) and re.fullmatch(r"\d+/\d+", value):
+        return float(Fraction(value))
+    return value
+
+
 def _head(
-    summaries: list[dict[str, Any]],
+    rows: Mapping[Key, Row],
     manifests: list[dict[str, Any]],
     command: str,
     absent: Sequence[str],
 ) -> str:
     lacking = f"\n**Not run yet: {', '.join(absent)}.**\n" if absent else ""
     first = manifests[0]
-    identity = json.dumps(
-        first["provenance"].get("identity", {}).get("targets", {}), sort_keys=True
-    )
-    whole = {len(manifest["samples"]) for manifest in manifests}
-    failed: dict[str, int] = {}
-    for summary, manifest in zip(summaries, manifests, strict=True):
-        name = manifest["scenario"]["attacks"][0]["name"]
-        failed[name] = failed.get(name, 0) + summary["progress"]["errors"]
-    errors = ", ".join(f"{count} of {name}" for name, count in failed.items() if count) or "0"
-    missing = sum(summary["progress"]["missing"] for summary in summaries)
+    identity = first["provenance"].get("identity", {})
+    weights = json.dumps(identity.get("targets", {}), sort_keys=True)
+    whole = max(int(row["n"]) for row in rows.values())
+    fewer = {row["attack"]: row["n"] for row in rows.values() if int(row["n"]) < whole}
+    short = "; ".join(f"{name} {count}" for name, count in fewer.items()) or "none"
     return f"""# Every attack on the scenes LVLM
 
 Made by `{command}` from the scenario it names (`{SCENARIO}` by default); do not edit.
 {lacking}
-{" or ".join(map(str, sorted(whole)))} samples of the held-out test split, one question a picture;
-seed {first["seed"]}; device {first["provenance"].get("identity", {}).get("device", "unknown")};
-{first["created"]}. Trials that ended in an error: {errors}; {missing}
-did not run. 95 % intervals:
-Wilson for rates, paired bootstrap by picture for CSG. Attack options were chosen on the validation
-split. What the columns mean: [metrics.md](../metrics.md). *steps* are gradients taken for one
-image, measured; *queries* are questions to the deployed target. The target is a tiny model of a
-drawn world; nothing here says how a large model behaves.
+{whole} samples of the held-out test split, one question a picture; seed {first["seed"]};
+device {identity.get("device", "unknown")}; *measured* is the day of a row. Rows with fewer samples,
+because trials ended in an error: {short}. 95 % intervals: Wilson for rates, paired bootstrap by
+picture for CSG. Attack options were chosen on the validation split. What the columns mean:
+[metrics.md](../metrics.md). *steps* are gradients taken for one image, measured; *queries* are
+questions to the deployed target. The target is a tiny model of a drawn world; nothing here says
+how a large model behaves.
 
 <details><summary>Weights</summary>
 
-`{identity}`
+`{weights}`
 
 </details>
 """
 
 
-def _worst(cells: list[Cell], compressions: list[str]) -> str:
+def _worst(rows: Mapping[Key, Row]) -> str:
     """The strongest attack at each compressor and budget, and ours against the published ones."""
     lines = ["## The strongest attack, cell by cell", ""]
-    lines += ["| compression | ε·255 | published attack | CSFR | UPR | ours | CSFR | UPR |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for compression in compressions:
-        for epsilon in sorted({cell["epsilon"] for cell in cells}):
-            here = [
-                cell
-                for cell in cells
-                if (cell["compression"], cell["epsilon"]) == (compression, epsilon)
-                and cell["metrics"]["csfr"]["value"] is not None
-            ]
-            published = [cell for cell in here if kind(cell) not in NOT_PUBLISHED | CONTROLS]
-            if not published:
-                continue
-            best = max(published, key=lambda cell: cell["metrics"]["csfr"]["value"])
-            own = [cell for cell in here if kind(cell) == OURS]
-            row = [compression, f"{epsilon * 255:g}", *_brief(best)]
-            row += (
-                _brief(max(own, key=lambda c: c["metrics"]["csfr"]["value"])) if own else ["–"] * 3
-            )
-            lines.append("| " + " | ".join(row) + " |")
+    lines += ["| compression | ε·255 | published attack | CSFR | UPR | ours | CSFR | UPR | ratio |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    places = sorted({(key[0], float(key[2])) for key in rows})
+    order = {name: place for place, name in enumerate(dict.fromkeys(key[0] for key in rows))}
+    for compression, epsilon in sorted(places, key=lambda one: (order[one[0]], one[1])):
+        here = [
+            row
+            for key, row in rows.items()
+            if key[0] == compression and float(key[2]) == epsilon and rate(row, "CSFR") is not None
+        ]
+        published = _strongest(row for row in here if kind(row) not in NOT_PUBLISHED | CONTROLS)
+        own = _strongest(row for row in here if kind(row) == OURS)
+        if published is None:
+            continue
+        line = [compression, f"{epsilon:g}", *_brief(published)]
+        line += ["–"] * 4 if own is None else [*_brief(own), _ratio(own, published)]
+        lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _brief(cell: Cell) -> list[str]:
-    return [cell["attack"], interval(cell, "csfr"), value(cell, "upr")]
+def _strongest(rows: Iterable[Row]) -> Row | None:
+    return max(rows, key=lambda row: rate(row, "CSFR") or 0.0, default=None)
 
 
-def kind(cell: Cell) -> str:
-    """Type of a cell's attack; the manifest's spec is not in the summary, so from the label."""
-    return str(cell["attack"]).partition(" ")[0]
+def _ratio(own: Row, published: Row) -> str:
+    """Of the two rates as printed; none where the published one is 0."""
+    above, below = rate(own, "CSFR") or 0.0, rate(published, "CSFR") or 0.0
+    return f"{above / below:.2f}" if below else "–"
 
 
-def _section(compression: str, cells: list[Cell]) -> str:
-    rows = [cell for cell in cells if cell["compression"] == compression]
-    noise = {
-        cell["epsilon"]: cell["metrics"]["csfr"]["high"] for cell in rows if kind(cell) in CONTROLS
-    }
+def rate(row: Row, title: str) -> float | None:
+    """The value of a rate as printed; None where it is not defined."""
+    found = re.match(r"\*\*(-?[\d.]+)\*\*", row[title])
+    return None if found is None else float(found.group(1))
+
+
+def bound(row: Row, title: str, side: int) -> float:
+    """The lower (0) or upper (1) end of a rate's interval as printed."""
+    found = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", row[title])
+    return float("-inf") if found is None else float(found.group(1 + side))
+
+
+def _brief(row: Row) -> list[str]:
+    return [
+        row["attack"],
+        row["CSFR"],
+        "–" if rate(row, "UPR") is None else f"{rate(row, 'UPR'):.2f}",
+    ]
+
+
+def kind(row: Row) -> str:
+    """Type of a row's attack, from its label."""
+    return row["attack"].partition(" ")[0]
+
+
+def _section(compression: str, rows: Mapping[Key, Row]) -> str:
+    here = {key: row for key, row in rows.items() if key[0] == compression}
+    noise = {key[2]: bound(row, "CSFR", 1) for key, row in here.items() if kind(row) in CONTROLS}
+    titles = [title for title, _ in COLUMNS]
     lines = [
         f"## {compression}",
         "",
-        "| " + " | ".join(title for title, _ in COLUMNS) + " | above noise |",
-        "|" + "---|" * (len(COLUMNS) + 1),
+        "| " + " | ".join([*titles, "above noise", "measured"]) + " |",
+        "|" + "---|" * (len(titles) + 2),
     ]
-    for cell in rows:
-        bar = noise.get(cell["epsilon"])
-        above = "" if bar is None or kind(cell) in CONTROLS else str(low(cell, "csfr") > bar)
-        above = {"True": "yes", "False": "no"}.get(above, above)
-        lines.append("| " + " | ".join([*(show(cell) for _, show in COLUMNS), above]) + " |")
+    for key, row in here.items():
+        bar = noise.get(key[2])
+        known = bar is not None and kind(row) not in CONTROLS
+        above = ("yes" if bound(row, "CSFR", 0) > bar else "no") if known else ""
+        lines.append(
+            "| " + " | ".join([*(row[title] for title in titles), above, row["measured"]]) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _settings(manifests: list[dict[str, Any]]) -> str:
-    lines = ["## Settings\n"]
+def _settings(manifests: list[dict[str, Any]], carried: Mapping[str, str] | None = None) -> str:
+    said = dict(carried or {})
     for manifest in manifests:
         for attack in manifest["scenario"]["attacks"]:
             options = {key: one for key, one in attack.items() if key not in ("name", "epsilons")}
-            lines.append(f"- {attack['name']}: `{json.dumps(options)}`")
-    # Parts of one attack say the same.
-    return "\n".join(dict.fromkeys(lines)) + "\n"
+            said[attack["name"]] = json.dumps(options)
+    lines = [f"- {name}: `{options}`" for name, options in said.items()]
+    return "\n".join(["## Settings\n", *lines]) + "\n"
 
 
 def _effort(cell: Cell, name: str) -> str:

@@ -86,3 +86,77 @@ def test_settings_of_an_attack_in_parts_are_said_once(script: ModuleType) -> Non
     manifest = {"scenario": {"attacks": [{"name": "deep", "type": "pgd", "steps": 3}]}}
     text = script._settings([manifest, manifest])
     assert text.count("- deep: `") == 1
+
+
+def summary(csfr: float, attack: str = "noise") -> dict[str, object]:
+    """What a run of one cell leaves, as far as the page reads it."""
+    one = {"value": csfr, "low": csfr - 0.1, "high": csfr + 0.1}
+    names = "acc_full_clean acc_full_attacked acc_compressed_clean acc_compressed_attacked"
+    names += " upr cae csg csfr cbr full_asr"
+    cell = {
+        "attack": attack,
+        "compression": "fastv 25%",
+        "epsilon": 4 / 255,
+        "knowledge": "none",
+        "n": 300,
+        "metrics": dict.fromkeys(names.split(), one),
+        "diagnosis": {"ranking": 3},
+    }
+    return {"cells": [cell]}
+
+
+def manifest(day: str, **attack: object) -> dict[str, object]:
+    """Of the same run."""
+    return {
+        "created": f"{day}T01:02:03+00:00",
+        "seed": 0,
+        "provenance": {"identity": {"device": "cpu"}},
+        "scenario": {"attacks": [attack]},
+    }
+
+
+def test_rows_that_were_not_run_again_stay_with_their_day(script: ModuleType) -> None:
+    pgd = {"name": "pgd", "type": "pgd", "steps": 3, "alpha": 3 / 255}
+    first = script.page(
+        [summary(0.1), summary(0.6, "pgd")],
+        [manifest("2026-01-01", name="noise", type="noise"), manifest("2026-01-01", **pgd)],
+        "command",
+        [],
+        order=["noise", "pgd"],
+    )
+    attacks = {"noise": {"type": "noise"}, "pgd": {"type": "pgd", "steps": 3, "alpha": "3/255"}}
+    rows, settings = script.carry(first, attacks)
+    assert [key[1] for key in rows] == ["noise", "pgd"]
+    new = [manifest("2026-02-02", name="noise", type="noise")]
+    second = script.page([summary(0.2)], new, "command", [], rows, settings, ["noise", "pgd"])
+    assert "2026-02-02 |" in line_of(second, "noise")
+    assert "**0.20**" in line_of(second, "noise")
+    assert line_of(second, "pgd") == line_of(first, "pgd"), "carried to the letter"
+    assert second.index("| noise |") < second.index("| pgd | none")
+    assert "- pgd: `" in second
+
+
+def test_rows_of_an_attack_with_other_options_are_dropped(script: ModuleType) -> None:
+    run = [manifest("2026-01-01", name="noise", type="noise", kind="uniform")]
+    text = script.page([summary(0.1)], run, "command", [])
+    assert script.carry(text, {"noise": {"type": "noise", "kind": "uniform"}})[0]
+    assert not script.carry(text, {"noise": {"type": "noise", "kind": "gaussian"}})[0]
+    assert not script.carry(text, {})[0], "an attack that is no longer in the scenario"
+
+
+def test_above_noise_is_read_from_the_intervals(script: ModuleType) -> None:
+    runs = [
+        manifest("2026-01-01", name=name, type=name) for name in ("noise", "pgd", "margin_split")
+    ]
+    cells = [summary(0.1), summary(0.29, "pgd"), summary(0.45, "margin_split")]
+    text = script.page(cells, runs, "command", [])
+    assert "| no | 2026" in line_of(text, "pgd")
+    assert "| yes | 2026" in line_of(text, "margin_split")
+    assert "| pgd | **0.29** [0.19, 0.39] | 0.29 | margin_split |" in text
+    assert "| 1.55 |" in text
+
+
+def line_of(page: str, attack: str) -> str:
+    """The row of an attack in the table of its compression."""
+    (found,) = [line for line in page.splitlines() if line.startswith(f"| {attack} | none |")]
+    return found
