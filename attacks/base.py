@@ -204,6 +204,7 @@ class Attack(ABC):
         proposal = proposed if isinstance(proposed, Proposal) else Proposal(proposed)
         with torch.no_grad():
             result = _result(base, _admit(batch, base, proposal, budget), proposal, meter)
+            result = replace(result, notes=(*result.notes, *_vanished(budget, proposal, result)))
         _verify(batch, budget, result)
         return result
 
@@ -286,6 +287,20 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
         queries=math.ceil(meter.queries / max(count, 1)),
         base=base,
         made_by=proposal.made_by,
+    )
+
+
+def _vanished(budget: Budget, proposal: Proposal, result: AttackResult) -> tuple[str, ...]:
+    """A note where rounding to 8 bits left nothing of a change, as it may in l2."""
+    if budget.norm == "linf":
+        return ()  # one level or more is left of it
+    proposed = (proposal.images.detach().to(result.base) - result.base).abs().flatten(1).amax(1)
+    lost = int(((proposed > 0) & (result.linf == 0)).sum())
+    if not lost:
+        return ()
+    return (
+        f"of {lost} of {len(proposed)} images rounding to 8 bits left no change: spread over all "
+        "values, the budget is less than half a level each; take a larger epsilon",
     )
 
 
