@@ -133,6 +133,10 @@ class Attack(ABC):
         """How many gradients a step takes: several where its loss looks at several paths."""
         return 1
 
+    def gradients(self, budget: Budget) -> int:
+        """Most gradients it takes for one sample within a budget."""
+        return budget.steps * budget.restarts * self.gradients_per_step
+
     def idle(self, compressor: Compressor) -> str | None:
         """Why it cannot do anything about a compressor; None if it can. See `sometimes_idle`."""
         del compressor

@@ -73,8 +73,7 @@ def members_for(goal: Goal) -> tuple[str, ...]:
 
 def gradients(attack: Attack, epsilon: float) -> int:
     """Most gradients an attack takes for one sample."""
-    budget = attack.budget(epsilon)
-    return budget.steps * budget.restarts * attack.gradients_per_step
+    return attack.gradients(attack.budget(epsilon))
 
 
 def make_member(owner: str, name: str, steps: int) -> Attack:

@@ -10,12 +10,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from attacks.errors import AttackError
-from targets.base import CALLS, Knowledge, Surrogate, WhiteBoxView, includes
+from targets.base import CALLS, Knowledge, PathMargins, Surrogate, WhiteBoxView, includes
 from targets.errors import KnowledgeError
 
 _QUERIES = frozenset({"ask", "option_scores"})
 _TWICE = frozenset({"path_margins"})
-"""Calls that run the language model twice, and count as two passes."""
+"""Calls that run the language model twice: two passes, and a gradient for each path it enters."""
 _FREE = frozenset({"token_mask_to_pixels", "tower_depth", "project", "concepts"})
 
 
@@ -83,6 +83,9 @@ class MeteredView:
         if name in _FREE:
             return call
 
+        if name in _TWICE:
+            return functools.partial(self._both, call)
+
         @functools.wraps(call)
         def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             return call(self._count(name, images), *args, **kwargs)
@@ -98,14 +101,28 @@ class MeteredView:
         if call in _QUERIES:
             self._meter.queries += len(images)
             return images
-        passes = 2 if call in _TWICE else 1
-        self._meter.forwards += passes * len(images)
-        if not images.requires_grad:
-            return images
-        alias = images.view_as(images)  # a hook on `images` itself would fire for every pass
-        hook = functools.partial(self._count_backward, passes)
-        alias.register_hook(hook)  # type: ignore[no-untyped-call]
+        self._meter.forwards += len(images)
+        return self._watched(images)
+
+    def _both(
+        self,
+        call: Callable[..., PathMargins],
+        images: Tensor,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> PathMargins:
+        """A call that looks at both paths; gradients are counted where they enter each of them."""
+        self._meter.forwards += 2 * len(images)
+        found = call(images, *args, **kwargs)
+        return PathMargins(self._watched(found.full), self._watched(found.compressed))
+
+    def _watched(self, values: Tensor) -> Tensor:
+        """An alias whose gradient, ``[B, …]``, counts a backward pass of B images."""
+        if not values.requires_grad:
+            return values
+        alias = values.view_as(values)  # a hook on `values` itself would fire for every pass
+        alias.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
         return alias
 
-    def _count_backward(self, passes: int, gradient: Tensor) -> None:
-        self._meter.backwards += passes * len(gradient)
+    def _count_backward(self, gradient: Tensor) -> None:
+        self._meter.backwards += len(gradient)

@@ -174,14 +174,14 @@ def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: 
     except Exception as error:
         # A method's own message about its own options.
         raise ScenarioError([attack.problem(str(error))]) from error
-    steps = budget.steps + 1 if budget.steps else 0
-    each = instance.gradients_per_step
+    taken = instance.gradients(budget)
+    judging = budget.restarts * instance.gradients_per_step if budget.steps else 0
     return _Traits(
         needs=instance.needs.value,
         knows_compression=bool(instance.knows_compression),
         norm=budget.norm,
-        steps=budget.steps * budget.restarts * each,
-        gradients=steps * budget.restarts * each,
+        steps=taken,
+        gradients=taken + judging,  # the last iterate of a start is only looked at
         queries=budget.queries,
     )
 

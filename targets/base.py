@@ -365,6 +365,7 @@ class WhiteBoxView(CompressedView, Protocol):
         answers: tuple[str, ...],
         *,
         under: Compressor | None = None,
+        full_gradient: bool = True,
     ) -> PathMargins:
         """Margins of the answers on both paths; one vision tower, two passes behind it.
 
@@ -375,6 +376,7 @@ class WhiteBoxView(CompressedView, Protocol):
             questions: B prompts.
             answers: B answers, teacher-forced.
             under: a compressor the attacker imagines on the compressed path.
+            full_gradient: whether the margin of the full path is live.
         """
         ...
 

@@ -234,6 +234,8 @@ class Passes:
         questions: Sequence[str],
         answers: Sequence[str],
         compressor: Compressor,
+        *,
+        full_gradient: bool = True,
     ) -> PathMargins:
         """Margins with all tokens and compressed; see `targets.base.WhiteBoxView`.
 
@@ -241,7 +243,8 @@ class Passes:
         """
         _one_each(images, questions)
         if any(one.stage in (Stage.PIXELS, Stage.TOWER) for one in parts_of(compressor)):
-            full = answer_margin(*self.answer_logprobs(images, questions, answers))
+            with torch.set_grad_enabled(full_gradient and torch.is_grad_enabled()):
+                full = answer_margin(*self.answer_logprobs(images, questions, answers))
             through = self.answer_logprobs(images, questions, answers, compressor, relax=RELAX)
             return PathMargins(full, answer_margin(*through))
         inputs, layout, size = self.inputs(images)
@@ -255,7 +258,8 @@ class Passes:
         with self._session(compressor, "hard", None, talk, RELAX):
             encoded = self.family.encoded(inputs)
             compressed = run(encoded)
-        return PathMargins(run(encoded), compressed)
+        with torch.set_grad_enabled(full_gradient and torch.is_grad_enabled()):
+            return PathMargins(run(encoded), compressed)
 
     def option_scores(
         self,

@@ -259,9 +259,12 @@ class _Calls:
         answers: Questions,
         *,
         under: Compressor | None = None,
+        full_gradient: bool = True,
     ) -> PathMargins:
         using = self.known("view.path_margins", under)
-        return self._passes.path_margins(images, questions, answers, using)
+        return self._passes.path_margins(
+            images, questions, answers, using, full_gradient=full_gradient
+        )
 
     def option_logprobs(
         self,

@@ -161,7 +161,7 @@ def test_every_attack_on_the_fake_target(row: Row, attention: bool) -> None:
     assert (result.backwards > 0) == row.uses_gradient
     budget = attack.budget(epsilon)
     if not isinstance(attack, DECLARE_OTHERWISE):
-        declared = budget.steps * budget.restarts * attack.gradients_per_step
+        declared = attack.gradients(budget)
         assert result.backwards <= declared, "no more than the plan says"
     passes = result.forwards + result.queries
     assert (passes == 0) == (attack.needs is Knowledge.NONE)
