@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
 from attacks.errors import AttackError
 from targets.base import CALLS, Knowledge, PathMargins, Surrogate, WhiteBoxView, includes
-from targets.errors import KnowledgeError
+from targets.views import DeniedAttributeError, Sealed, denial
 
 _QUERIES = frozenset({"ask", "option_scores"})
 _TWICE = frozenset({"path_margins"})
@@ -63,45 +63,48 @@ class MeteredView:
                 f"{view.knowledge.value!r}; ask the target for target.view({knowledge.value!r}, …)"
             )
         self.knowledge = knowledge
-        self._view = view
-        self._meter = meter
+        counter = _Counter(meter)
+        for name, needed in CALLS.items():
+            if includes(knowledge, needed) and hasattr(view, name):
+                self.__dict__[name] = Sealed(counter.counted(name, getattr(view, name)))
         if knowledge is Knowledge.SURROGATE:
-            self.surrogates: tuple[Surrogate, ...] = tuple(map(self._metered, view.surrogates))
+            self.surrogates: tuple[Surrogate, ...] = tuple(map(counter.metered, view.surrogates))
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in CALLS:
-            # Names no knowledge grants are refused by the view itself, in its own words.
-            found: Callable[..., Any] = getattr(self._view, name)
-            return found
-        needed = CALLS[name]
-        if not includes(self.knowledge, needed):
-            raise KnowledgeError(
-                f"view.{name} needs knowledge {needed.value!r}; this attack declared "
-                f"{self.knowledge.value!r}. Declare more, and the report will say so."
-            )
-        call: Callable[..., Any] = getattr(self._view, name)
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise DeniedAttributeError(denial(name, self.knowledge))
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """Counts what goes through the calls of a view."""
+
+    meter: Meter
+
+    def counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A call of this name that counts its images first."""
         if name in _FREE:
             return call
-
         if name in _TWICE:
             return functools.partial(self._both, call)
 
-        @functools.wraps(call)
-        def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any call
             return call(self._count(name, images), *args, **kwargs)
 
         return metered
 
-    def _metered(self, surrogate: Surrogate) -> Surrogate:
-        view = MeteredView(surrogate.view, surrogate.view.knowledge, self._meter)
+    def metered(self, surrogate: Surrogate) -> Surrogate:
+        """A surrogate whose calls are counted."""
+        view = MeteredView(surrogate.view, surrogate.view.knowledge, self.meter)
         return replace(surrogate, view=cast(WhiteBoxView, view))
 
     def _count(self, call: str, images: Tensor) -> Tensor:
         """Count a pass and hand on an alias whose gradient counts the backward pass."""
         if call in _QUERIES:
-            self._meter.queries += len(images)
+            self.meter.queries += len(images)
             return images
-        self._meter.forwards += len(images)
+        self.meter.forwards += len(images)
         return self._watched(images)
 
     def _both(
@@ -112,7 +115,7 @@ class MeteredView:
         **kwargs: Any,  # noqa: ANN401
     ) -> PathMargins:
         """A call that looks at both paths; gradients are counted where they enter each of them."""
-        self._meter.forwards += 2 * len(images)
+        self.meter.forwards += 2 * len(images)
         found = call(images, *args, **kwargs)
         return PathMargins(self._watched(found.full), self._watched(found.compressed))
 
@@ -125,4 +128,4 @@ class MeteredView:
         return alias
 
     def _count_backward(self, gradient: Tensor) -> None:
-        self._meter.backwards += len(gradient)
+        self.meter.backwards += len(gradient)
