@@ -167,6 +167,15 @@ class TransferCAA(Attack):
                 value = getattr(self, option)
                 raise AttackError(f"attack {self.name}: {option} is {value!r}; allowed: {allowed}")
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Most of them on each surrogate: every score, copy, view and neighbour takes one."""
+        every = len(self.layers) * ("llm" in self.scores) + ("cls" in self.scores)
+        scores = every if self.expectation == "full" else 1
+        copies = self.scales * max(1, self.spectra)
+        around = 2 if self.ensemble == "cwa" else 1 + self.neighbours
+        return scores * copies * (1 + self.crops) * around
+
     def budget(self, epsilon: float) -> Budget:
         """Linf radius, step size and steps."""
         alpha = epsilon / 16 if self.alpha is None else self.alpha
