@@ -150,7 +150,7 @@ def test_every_attack_on_the_fake_target(row: Row, attention: bool) -> None:
         batch = answered(8, view=FakeView(attention=attention))
     l2 = getattr(attack, "norm", "linf") == "l2"
     epsilon = 2.0 if l2 else 15.5 / 255
-    view = view_for(attack.needs, attention=attention)  # no more than it needs
+    view: Any = view_for(attack.needs, attention=attention)  # no more than it needs
     seeds = [*SEEDS, *range(len(batch.ids) - len(SEEDS))]
     result = attack(view, batch, epsilon, seeds)
 
