@@ -16,7 +16,7 @@ from targets.views import DeniedAttributeError, Sealed, denial
 _QUERIES = frozenset({"ask", "option_scores"})
 _TWICE = frozenset({"path_margins"})
 """Calls that run the language model twice: two passes, and a gradient for each path it enters."""
-_FREE = frozenset({"token_mask_to_pixels", "tower_depth", "project", "concepts"})
+_FREE = frozenset({"token_mask_to_pixels", "tower_depth", "project", "concepts", "option_passes"})
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class MeteredView:
         counter = _Counter(meter)
         for name, needed in CALLS.items():
             if includes(knowledge, needed) and hasattr(view, name):
-                self.__dict__[name] = Sealed(counter.counted(name, getattr(view, name)))
+                self.__dict__[name] = Sealed(counter.counted(name, view))
         if knowledge is Knowledge.SURROGATE:
             self.surrogates: tuple[Surrogate, ...] = tuple(map(counter.metered, view.surrogates))
 
@@ -82,15 +82,19 @@ class _Counter:
 
     meter: Meter
 
-    def counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A call of this name that counts its images first."""
+    def counted(self, name: str, view: Any) -> Callable[..., Any]:  # noqa: ANN401 - any view
+        """A call of a view that counts its images first."""
+        call: Callable[..., Any] = getattr(view, name)
         if name in _FREE:
             return call
         if name in _TWICE:
             return functools.partial(self._both, call)
 
+        passes = _Passes(view) if name == "option_logprobs" else None
+
         def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any call
-            return call(self._count(name, images), *args, **kwargs)
+            times = 1 if passes is None else passes.of(images, *args, **kwargs)
+            return call(self._count(name, images, times), *args, **kwargs)
 
         return metered
 
@@ -99,13 +103,13 @@ class _Counter:
         view = MeteredView(surrogate.view, surrogate.view.knowledge, self.meter)
         return replace(surrogate, view=cast(WhiteBoxView, view))
 
-    def _count(self, call: str, images: Tensor) -> Tensor:
+    def _count(self, call: str, images: Tensor, passes: int) -> Tensor:
         """Count a pass and hand on an alias whose gradient counts the backward pass."""
         if call in _QUERIES:
             self.meter.queries += len(images)
             return images
-        self.meter.forwards += len(images)
-        return self._watched(images)
+        self.meter.forwards += passes * len(images)
+        return self._watched(images, passes)
 
     def _both(
         self,
@@ -119,13 +123,38 @@ class _Counter:
         found = call(images, *args, **kwargs)
         return PathMargins(self._watched(found.full), self._watched(found.compressed))
 
-    def _watched(self, values: Tensor) -> Tensor:
-        """An alias whose gradient, ``[B, …]``, counts a backward pass of B images."""
+    def _watched(self, values: Tensor, passes: int = 1) -> Tensor:
+        """An alias whose gradient, ``[B, …]``, counts so many backward passes of B images."""
         if not values.requires_grad:
             return values
         alias = values.view_as(values)  # a hook on `values` itself would fire for every pass
-        alias.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        hook = functools.partial(self._count_backward, passes)
+        alias.register_hook(hook)  # type: ignore[no-untyped-call]
         return alias
 
-    def _count_backward(self, gradient: Tensor) -> None:
-        self.meter.backwards += len(gradient)
+    def _count_backward(self, passes: int, gradient: Tensor) -> None:
+        self.meter.backwards += passes * len(gradient)
+
+
+class _Passes:
+    """How many passes a view's `option_logprobs` takes; remembered, since every step asks it."""
+
+    def __init__(self, view: Any) -> None:  # noqa: ANN401 - any view
+        self._ask = view.option_passes
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def of(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: str = "full",
+        straight_through: bool = False,
+    ) -> int:
+        """The number for these arguments of `option_logprobs`."""
+        del straight_through
+        key = (tuple(images.shape), questions, options, path)
+        if key not in self._known:
+            self._known[key] = self._ask(images.detach(), questions, options, path=path)
+        return self._known[key]

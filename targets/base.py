@@ -63,6 +63,7 @@ CALLS: Final = {
     "full_and_rank": Knowledge.WHITE_BOX,
     "path_margins": Knowledge.WHITE_BOX,
     "option_logprobs": Knowledge.WHITE_BOX,
+    "option_passes": Knowledge.WHITE_BOX,
     "project": Knowledge.WHITE_BOX,
     "concepts": Knowledge.WHITE_BOX,
     "continuation": Knowledge.WHITE_BOX,
@@ -456,6 +457,17 @@ class WhiteBoxView(CompressedView, Protocol):
             so for all), else of the whole option, end token included (O passes). A
             single option is taken whole.
         """
+        ...
+
+    def option_passes(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: Path = "full",
+    ) -> int:
+        """How many passes `option_logprobs` takes of these arguments; runs no model."""
         ...
 
     def project(self, features: Tensor) -> Tensor:

@@ -304,6 +304,17 @@ class _Calls:
             images, questions, options, using, straight_through=straight_through
         )
 
+    def option_passes(
+        self,
+        images: Tensor,
+        questions: Questions,
+        options: tuple[Questions, ...],
+        *,
+        path: Path = "full",
+    ) -> int:
+        using = self.on(path, "view.option_passes")
+        return self._passes.option_passes(images, questions, options, using)
+
     def ask(
         self, images: Tensor, questions: Questions, *, path: Path = "compressed"
     ) -> tuple[str, ...]:
