@@ -21,7 +21,7 @@ from attacks.errors import AttackError
 from attacks.metering import Meter, MeteredView
 from attacks.options import check_options
 from attacks.seeds import SeedBank
-from targets.base import Batch, ImageView, Knowledge
+from targets.base import TOLD, Batch, ImageView, Knowledge, Withheld, includes
 
 if TYPE_CHECKING:
     from targets.compression.base import Compressor
@@ -169,7 +169,9 @@ class Attack(ABC):
 
         Args:
             view: the view that matches `needs`; anything beyond it raises `KnowledgeError`.
-            batch: the samples, images in [0, 1].
+            batch: the samples, images in [0, 1]. Questions are withheld from an attack that knows
+                no more than the encoder, answers from one that knows no more than the ranking;
+                looking at them raises `KnowledgeError`.
             budget: radius, norm, steps; staying inside is good for the attack, not a duty.
             rng: the only allowed source of randomness, one stream per sample.
 
@@ -197,7 +199,7 @@ class Attack(ABC):
         budget = self.budget(epsilon)
         clean = _check_batch(batch, seeds)
         base = from_levels(to_levels(self.canvas(clean)))
-        own = replace(batch, images=base.clone())
+        own = replace(_told(batch, self.needs), images=base.clone())
         meter = Meter()
         metered = MeteredView(view, self.needs, meter)
         if budget.is_empty:
@@ -211,6 +213,20 @@ class Attack(ABC):
             result = replace(result, notes=(*result.notes, *_vanished(budget, proposal, result)))
         _verify(batch, budget, result)
         return result
+
+
+def _told(batch: Batch, knowledge: Knowledge) -> Batch:
+    """The samples with what an attacker of this knowledge is not told withheld."""
+    hidden: dict[str, Any] = {
+        name: Withheld(
+            len(batch.ids),
+            f"batch.{name} is not told to an attack of knowledge {knowledge.value!r}; least is "
+            f"{least[0].value!r}. Declare more, and the report will say so.",
+        )
+        for name, least in TOLD.items()
+        if not any(includes(knowledge, one) for one in least)
+    }
+    return replace(batch, **hidden)
 
 
 def _check_batch(batch: Batch, seeds: Sequence[int]) -> Tensor:

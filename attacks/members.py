@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -88,7 +89,9 @@ def make_member(owner: str, name: str, steps: int) -> Attack:
         AttackError: there is no such member.
     """
     if name not in MEMBERS:
+        near = difflib.get_close_matches(name, MEMBERS, n=1)
         raise AttackError(
             f"attack {owner}: there is no member {name!r}; allowed: {', '.join(MEMBERS)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )
     return MEMBERS[name].make(steps)

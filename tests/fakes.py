@@ -259,6 +259,16 @@ class FakeView:
         wanted = torch.tensor([[len(one) % VOCABULARY for one in row] for row in options])
         return logprobs[:, 0].gather(1, wanted)
 
+    def option_passes(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: Path = "full",
+    ) -> int:
+        return 1
+
     def ask(
         self, images: Tensor, questions: tuple[str, ...], *, path: Path = "compressed"
     ) -> tuple[str, ...]:
