@@ -17,8 +17,8 @@ from attacks.errors import AttackError
 from attacks.seeds import SeedBank
 from targets.base import Batch, Knowledge, WhiteBoxView
 
-_RANGE = (1e-2, 1e2)
-"""Bounds of the multiplier; outside one of the two gradients is lost in the sign of the sum."""
+_MOST = 1e2
+"""Of the multiplier; above it the compressed path's gradient is lost in the sign of the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class MarginSplit(Attack):
 
         minimise  m_C(x')   subject to   m_F(x') ≥ kappa,   ‖x' − x‖ ≤ epsilon
         descend on  m_C − lambda · ⟨g, x'⟩,   g = ∇m_F of the last step that took it
-        lambda ← clip(grow · lambda if m_F < kappa else shrink · lambda, 0.01, 100)
+        lambda ← clip(grow · lambda if m_F < kappa else shrink · lambda, floor, 100)
 
     The compressed path runs with the hard selection, and a sigmoid relaxation of the top-k carries
     the gradient back to the scores: ranking and content are attacked together, in whatever mixture
@@ -54,18 +54,20 @@ class MarginSplit(Attack):
 
     Args:
         steps: gradient steps T, ≥ 0; 0 is the random start alone. It takes T + ⌈T / refresh⌉
-            gradients, 100 by default.
+            gradients, 99 by default.
         refresh: steps for which a gradient of the full path's margin serves, ≥ 1; 1 takes it anew
             in every step.
-        alpha: step size in [0, 1] pixel units; None is epsilon / 3.
+        alpha: step size in [0, 1] pixel units; None is epsilon / 2.
         restarts: starts, the best kept per sample, ≥ 1.
         momentum: decay of accumulated gradients in [0, 1].
         schedule: step size over the run.
-        random_start: begin at a random point of the ball; restarts after the first always do.
+        random_start: begin at a random point of the ball; restarts after the first always do. Off,
+            the first begins at the clean image.
         kappa: full-path margin that is defended, in nats, ≥ 0.
         confidence: a sample stops when m_C < −confidence and m_F > confidence, in nats, ≥ 0; more
             than 0, so that the failure outlives the rounding of another batch.
-        multiplier: lambda at the start, in [0.01, 100].
+        multiplier: lambda at the start, in [`floor`, 100].
+        floor: least lambda, in (0, 100]: from far below it comes back too late.
         grow: factor on lambda while m_F < kappa, > 1.
         shrink: factor on lambda otherwise, in (0, 1).
 
@@ -80,26 +82,27 @@ class MarginSplit(Attack):
     name: ClassVar[str] = "margin_split"
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
-    steps: Annotated[int, Ge(0)] = 80
-    refresh: Annotated[int, Ge(1)] = 4
+    steps: Annotated[int, Ge(0)] = 90
+    refresh: Annotated[int, Ge(1)] = 10
     alpha: Annotated[float, Gt(0)] | None = None
     restarts: Annotated[int, Ge(1)] = 1
     momentum: Annotated[float, Interval(ge=0, le=1)] = 0.7
     schedule: Literal["constant", "cosine", "halving"] = "cosine"
-    random_start: bool = True
+    random_start: bool = False
     kappa: Annotated[float, Ge(0)] = 1.0
     confidence: Annotated[float, Ge(0)] = 0.01
     multiplier: Annotated[float, Gt(0)] = 1.0
+    floor: Annotated[float, Interval(gt=0, le=_MOST)] = 0.3
     grow: Annotated[float, Gt(1)] = 1.5
     shrink: Annotated[float, Interval(gt=0, lt=1)] = 0.8
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        if not _RANGE[0] <= self.multiplier <= _RANGE[1]:
+        if not self.floor <= self.multiplier <= _MOST:
             raise AttackError(
                 f"attack {self.name}: multiplier is {self.multiplier}; allowed is "
-                f"[{_RANGE[0]}, {_RANGE[1]}]"
+                f"[{self.floor}, {_MOST:g}], from floor on"
             )
 
     @property
@@ -113,7 +116,7 @@ class MarginSplit(Attack):
 
     def budget(self, epsilon: float) -> Budget:
         """Radius, step size, steps and restarts."""
-        alpha = epsilon / 3 if self.alpha is None else self.alpha
+        alpha = epsilon / 2 if self.alpha is None else self.alpha
         return Budget(epsilon, "linf", alpha, self.steps, self.restarts)
 
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
@@ -159,12 +162,16 @@ class _Objective:
             self.slope[rows] = slope
         compressed, full = found.compressed.detach(), found.full.detach()
         multiplier = self.multiplier[rows]
-        self.multiplier[rows] = renewed(multiplier, full, attack.kappa, attack.grow, attack.shrink)
+        self.multiplier[rows] = renewed(
+            multiplier, full, attack.kappa, attack.grow, attack.shrink, attack.floor
+        )
         self.value[rows] = worth(compressed, full, attack.confidence)
         return found.compressed - multiplier * (self.slope[rows] * images).flatten(1).sum(1)
 
 
-def renewed(multiplier: Tensor, full: Tensor, kappa: float, grow: float, shrink: float) -> Tensor:
+def renewed(
+    multiplier: Tensor, full: Tensor, kappa: float, grow: float, shrink: float, floor: float
+) -> Tensor:
     """The multiplier of the next step, ``[B]``.
 
     Args:
@@ -173,9 +180,10 @@ def renewed(multiplier: Tensor, full: Tensor, kappa: float, grow: float, shrink:
         kappa: margin below which the constraint is violated.
         grow: factor where it is.
         shrink: factor where it is not.
+        floor: least multiplier.
     """
     factor = torch.where(full < kappa, grow, shrink).to(multiplier)
-    return (multiplier * factor).clamp(*_RANGE)
+    return (multiplier * factor).clamp(floor, _MOST)
 
 
 def worth(compressed: Tensor, full: Tensor, confidence: float) -> Tensor:

@@ -41,12 +41,12 @@ def test_the_multiplier_follows_the_full_margin_and_stays_in_its_range() -> None
     now, slow = torch.ones(4), [1.0] * 4
     for _ in range(30):
         for margins in full:
-            now = renewed(now, torch.tensor(margins), kappa=1.0, grow=1.5, shrink=0.8)
+            now = renewed(now, torch.tensor(margins), 1.0, 1.5, 0.8, floor=0.25)
             for i, margin in enumerate(margins):
                 factor = 1.5 if margin < 1.0 else 0.8
-                slow[i] = min(max(slow[i] * factor, 0.01), 100.0)
+                slow[i] = min(max(slow[i] * factor, 0.25), 100.0)
             assert now.tolist() == pytest.approx(slow, rel=1e-4)
-    assert float(now[0]) == pytest.approx(0.01)
+    assert float(now[0]) == pytest.approx(0.25)
     assert float(now[2]) == pytest.approx(100.0)
 
 

@@ -157,7 +157,9 @@ def test_the_full_path_is_given_up_only_without_the_multiplier() -> None:
     """Ablation: with lambda held at its smallest the full path breaks too."""
     view = FakeView()
     batch = answered(12, view=view)
-    held = MarginSplit(steps=20, alpha=8 / 255, multiplier=0.01, grow=1.0001, shrink=0.9999)
+    held = MarginSplit(
+        steps=20, alpha=8 / 255, multiplier=0.01, floor=0.01, grow=1.0001, shrink=0.9999
+    )
     ours = MarginSplit(steps=20, alpha=8 / 255)
     right = {}
     for name, attack in (("held", held), ("ours", ours)):
@@ -168,7 +170,7 @@ def test_the_full_path_is_given_up_only_without_the_multiplier() -> None:
 
 
 def test_a_multiplier_out_of_range_is_refused() -> None:
-    with pytest.raises(AttackError, match=r"multiplier is 1000.*\[0.01, 100"):
+    with pytest.raises(AttackError, match=r"multiplier is 1000.*\[0.3, 100"):
         MarginSplit(multiplier=1000.0)
 
 
