@@ -92,7 +92,7 @@ class MarginSplit(Attack):
     kappa: Annotated[float, Ge(0)] = 1.0
     confidence: Annotated[float, Ge(0)] = 0.01
     multiplier: Annotated[float, Gt(0)] = 1.0
-    floor: Annotated[float, Interval(gt=0, le=_MOST)] = 0.3
+    floor: Annotated[float, Interval(gt=0, le=100)] = 0.3
     grow: Annotated[float, Gt(1)] = 1.5
     shrink: Annotated[float, Interval(gt=0, lt=1)] = 0.8
 

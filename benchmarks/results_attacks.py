@@ -66,6 +66,8 @@ def _page_of(arguments: argparse.Namespace) -> str:
     folders = list(_folders(arguments.scenario, arguments.runs))
     summaries = [_read(folder, "summary") for folder in folders]
     manifests = [_read(folder, "manifest") for folder in folders]
+    if not folders:
+        raise SystemExit(f"no part of {arguments.scenario} has run in {arguments.runs}")
     whole = yaml.safe_load(arguments.scenario.read_text(encoding="utf-8"))
     attacks = {label_of(attack): attack for attack in whole["attacks"]}
     rows: dict[Key, Row] = {}
