@@ -63,7 +63,7 @@ def main() -> None:
 
 def _page_of(arguments: argparse.Namespace) -> str:
     """The page from the run folders there are and, if asked, from the page as it stands."""
-    folders = list(_folders(arguments.scenario, arguments.runs))
+    folders = [one for one in _folders(arguments.scenario, arguments.runs) if _whole(one)]
     summaries = [_read(folder, "summary") for folder in folders]
     manifests = [_read(folder, "manifest") for folder in folders]
     if not folders:
@@ -150,6 +150,14 @@ def _folders(scenario: Path, runs: Path) -> Iterable[Path]:
         yield from found[:1] if parts[0] in found else found
 
 
+def _whole(folder: Path) -> bool:
+    """Whether a part ran to its end; one that was stopped is left out, and that is said."""
+    missing = _read(folder, "summary")["progress"]["missing"]
+    if missing:
+        print(f"left out: {folder} lacks {missing} trials; run it again to resume")
+    return not missing
+
+
 def _suffixes(scenario: Path) -> Iterable[str]:
     """What `split` may add to an attack's label, in order."""
     whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
@@ -198,7 +206,8 @@ def page(
     compressions = list(dict.fromkeys(key[0] for key in rows))
     parts = [_head(rows, manifests, command, absent), _worst(rows)]
     parts += [_section(name, rows) for name in compressions]
-    parts.append(_settings(manifests, settings))
+    said = _settings_of(manifests, settings)
+    parts.append(_settings({name: said[name] for name in [*order, *said] if name in said}))
     return "\n".join(parts)
 
 
@@ -222,7 +231,7 @@ def carry(
         attacks: of the scenario as it is now, by label.
     """
     settings = dict(_SETTING.findall(text))
-    same = {name for name, said in settings.items() if _agree(attacks.get(name), json.loads(said))}
+    same = [name for name, said in settings.items() if _agree(attacks.get(name), json.loads(said))]
     rows: dict[Key, Row] = {}
     day = re.search(r"\d{4}-\d\d-\d\d", text)
     compression, titles = "", list[str]()
@@ -365,12 +374,19 @@ def _section(compression: str, rows: Mapping[Key, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _settings(manifests: list[dict[str, Any]], carried: Mapping[str, str] | None = None) -> str:
+def _settings_of(
+    manifests: Iterable[dict[str, Any]], carried: Mapping[str, str] | None
+) -> dict[str, str]:
+    """Options of each attack, as JSON; parts of one attack say the same."""
     said = dict(carried or {})
     for manifest in manifests:
         for attack in manifest["scenario"]["attacks"]:
             options = {key: one for key, one in attack.items() if key not in ("name", "epsilons")}
             said[attack["name"]] = json.dumps(options)
+    return said
+
+
+def _settings(said: Mapping[str, str]) -> str:
     lines = [f"- {name}: `{options}`" for name, options in said.items()]
     return "\n".join(["## Settings\n", *lines]) + "\n"
 

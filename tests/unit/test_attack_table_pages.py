@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -84,8 +85,20 @@ def test_parts_are_read_in_the_order_of_the_scenario(script: ModuleType, scenari
 
 def test_settings_of_an_attack_in_parts_are_said_once(script: ModuleType) -> None:
     manifest = {"scenario": {"attacks": [{"name": "deep", "type": "pgd", "steps": 3}]}}
-    text = script._settings([manifest, manifest])
+    text = script._settings(script._settings_of([manifest, manifest], None))
     assert text.count("- deep: `") == 1
+
+
+def test_a_part_that_was_stopped_is_left_out(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, missing in (("done", 0), ("stopped", 7)):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"progress": {"missing": missing}})
+        (tmp_path / name / "summary.json").write_text(text, encoding="utf-8")
+    assert script._whole(tmp_path / "done")
+    assert not script._whole(tmp_path / "stopped")
+    assert "lacks 7 trials" in capsys.readouterr().out
 
 
 def summary(csfr: float, attack: str = "noise") -> dict[str, object]:
