@@ -1,4 +1,4 @@
-"""Make docs/results/transfer.md: ``python benchmarks/results_transfer.py [--samples 60]``.
+"""Make docs/results/transfer.md: ``python benchmarks/results_transfer.py [--samples 100]``.
 
 Runs (or resumes) `scenarios/transfer.yaml` with more samples and one budget, and writes the matrix
 of surrogates and targets from the run folder alone; nothing in it is typed by hand.
@@ -22,7 +22,7 @@ SCENARIO: Final = Path("scenarios/transfer.yaml")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--epsilon", default="16/255")
     parser.add_argument("--run", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--page", type=Path, default=Path("docs/results/transfer.md"))
