@@ -25,6 +25,10 @@ from targets.compression.base import Compressor, Stage
 from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
 from targets.compression.trace import Forced
+from targets.decoding.assembly import Asked, assemble
+from targets.decoding.base import Decoding
+from targets.decoding.run import DecodingRun
+from targets.decoding.search import Ends
 from targets.errors import TargetError
 from targets.families.base import Family
 from targets.families.vision import VisionPass
@@ -156,6 +160,8 @@ class Passes:
         seeds: Sequence[int] | None = None,
         relax: float | None = None,
         kept: Forced = None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> tuple[Tensor, Dialogue]:
         """Teacher-forced log-probabilities ``[B, A, vocabulary]`` and the tokens they are for.
 
@@ -167,8 +173,14 @@ class Passes:
             seeds: one per sample.
             relax: see `targets.compression.session.compress`.
             kept: see there.
+            decoding: a method whose distribution is wanted; None for the model's own.
+            draws: one per sample, for a method that draws.
         """
         _one_each(images, questions)
+        if decoding is not None:
+            asked = Asked(images, questions, answers, compressor, kept, seeds, draws, relax)
+            run = assemble(self, decoding, asked)
+            return run.forced(), run.dialogue
         inputs, layout, size = self.inputs(images, compressor)
         talk = self.prompts.dialogue(questions, answers, layout, size)
         if compressor is None:
@@ -185,10 +197,19 @@ class Passes:
         compressor: Compressor | None,
         kept: Forced,
         seeds: Sequence[int] | None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Log-probability of each whole answer, ``[B]``."""
         logprobs, talk = self.answer_logprobs(
-            images, questions, answers, compressor, seeds=seeds, kept=kept
+            images,
+            questions,
+            answers,
+            compressor,
+            seeds=seeds,
+            kept=kept,
+            decoding=decoding,
+            draws=draws,
         )
         return _of_targets(logprobs, talk)
 
@@ -200,10 +221,14 @@ class Passes:
         compressor: Compressor | None = None,
         *,
         straight_through: bool = False,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Mean negative log-likelihood of the answer's tokens, ``[B]``."""
         relax = RELAX if straight_through and compressor is not None else None
-        logprobs, talk = self.answer_logprobs(images, questions, answers, compressor, relax=relax)
+        logprobs, talk = self.answer_logprobs(
+            images, questions, answers, compressor, relax=relax, decoding=decoding, draws=draws
+        )
         return -_of_targets(logprobs, talk) / talk.real.sum(1)
 
     def full_and_rank(
@@ -264,6 +289,8 @@ class Passes:
         options: Sequence[str],
         compressor: Compressor | None,
         seeds: Sequence[int] | None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Log-probability of each option as the whole answer, ``[B, options]``."""
         if not options:
@@ -272,7 +299,13 @@ class Passes:
         for option in options:
             answers = (option,) * len(questions)
             logprobs, talk = self.answer_logprobs(
-                images, questions, answers, compressor, seeds=seeds
+                images,
+                questions,
+                answers,
+                compressor,
+                seeds=seeds,
+                decoding=decoding,
+                draws=draws,
             )
             columns.append(_of_targets(logprobs, talk))
         return torch.stack(columns, 1)
@@ -285,6 +318,8 @@ class Passes:
         compressor: Compressor | None = None,
         *,
         straight_through: bool = False,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Log-probability of each sample's own options, live; see `targets.base.WhiteBoxView`."""
         counts = {len(one) for one in options}
@@ -304,7 +339,7 @@ class Passes:
         whole: list[Tensor] = []
         for column in columns:
             logprobs, talk = self.answer_logprobs(
-                images, questions, column, compressor, relax=relax
+                images, questions, column, compressor, relax=relax, decoding=decoding, draws=draws
             )
             if not whole:
                 short = logprobs[:, 0].gather(1, first)
@@ -354,6 +389,15 @@ class Passes:
             return ids[:, prompt.ids.shape[1] :]
 
         return _inside(session, run)
+
+    def decoder(self, method: Decoding, asked: Asked) -> DecodingRun:
+        """A method about to answer; see `decode`."""
+        _one_each(asked.images, asked.questions)
+        return assemble(self, method, asked)
+
+    def decode(self, run: DecodingRun, max_new_tokens: int) -> Tensor:
+        """Answers of a decoding method as ids ``[B, ≤ max_new_tokens]``."""
+        return run.generate(Ends(tuple(sorted(self.ends)), self.prompts.pad, max_new_tokens))
 
     def continuation(
         self,
