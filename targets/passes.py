@@ -237,14 +237,20 @@ class Passes:
         questions: Sequence[str],
         answers: Sequence[str],
         compressor: Compressor,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> tuple[Tensor, Dialogue, Ranking]:
         """`answer_logprobs` with all tokens and `rank`, from one forward pass.
 
-        Two, where a compressor works inside the vision tower: its ranking needs another tower.
+        Two, where a compressor works inside the vision tower (its ranking needs another tower), and
+        where the model decodes in some way.
         """
         _one_each(images, questions)
-        if any(one.stage is Stage.TOWER for one in parts_of(compressor)):
-            logprobs, talk = self.answer_logprobs(images, questions, answers)
+        inside = any(one.stage is Stage.TOWER for one in parts_of(compressor))
+        if inside or decoding is not None:
+            logprobs, talk = self.answer_logprobs(
+                images, questions, answers, decoding=decoding, draws=draws
+            )
             return logprobs, talk, self.rank(images, questions, compressor)
         inputs, layout, size = self.inputs(images)
         talk = self.prompts.dialogue(questions, answers, layout, size)
@@ -259,15 +265,22 @@ class Passes:
         questions: Sequence[str],
         answers: Sequence[str],
         compressor: Compressor,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> PathMargins:
         """Margins with all tokens and compressed; see `targets.base.WhiteBoxView`.
 
-        The paths share the vision tower, unless the compressor changes what it sees or does.
+        The paths share the vision tower, unless the compressor changes what it sees or does, or the
+        model decodes in some way.
         """
         _one_each(images, questions)
-        if any(one.stage in (Stage.PIXELS, Stage.TOWER) for one in parts_of(compressor)):
-            full = answer_margin(*self.answer_logprobs(images, questions, answers))
-            through = self.answer_logprobs(images, questions, answers, compressor, relax=RELAX)
+        apart = any(one.stage in (Stage.PIXELS, Stage.TOWER) for one in parts_of(compressor))
+        if apart or decoding is not None:
+            how: dict[str, Any] = {"decoding": decoding, "draws": draws}
+            full = answer_margin(*self.answer_logprobs(images, questions, answers, **how))
+            through = self.answer_logprobs(
+                images, questions, answers, compressor, relax=RELAX, **how
+            )
             return PathMargins(full, answer_margin(*through))
         inputs, layout, size = self.inputs(images)
         talk = self.prompts.dialogue(questions, answers, layout, size)
@@ -405,11 +418,17 @@ class Passes:
         questions: Sequence[str],
         length: int,
         compressor: Compressor | None = None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Continuation:
-        """What the model says greedily, at most `length` tokens of it."""
-        session = None if compressor is None else self._session(compressor, "hard", None)
-        with torch.no_grad():
-            ids = self.generate(images, questions, session, length, compressor)
+        """What the model says greedily, or as it decodes, at most `length` tokens of it."""
+        if decoding is None:
+            session = None if compressor is None else self._session(compressor, "hard", None)
+            with torch.no_grad():
+                ids = self.generate(images, questions, session, length, compressor)
+        else:
+            asked = Asked(images, questions, compressor=compressor, draws=draws)
+            ids = self.decode(self.decoder(decoding, asked), length)
         real = self.until_end(ids)
         # The model may say its own placeholder for pictures; what follows that cannot be forced.
         holder = (ids == self.family.image_token_id).long()

@@ -32,6 +32,7 @@ from defenses.vasparse import VASparse
 from defenses.vcd import VCD
 from targets.compression import TokenSparseAttention
 from targets.errors import TargetError
+from targets.passes import answer_margin
 
 ON: dict[str, DecodingDefense] = {
     "beam": BeamSearch(beams=1),
@@ -142,6 +143,25 @@ def test_draws_decide_and_nothing_else_does() -> None:
     assert not torch.equal(scored((1, 2, 3))[0], scored((7, 2, 9))[0])
     with pytest.raises(TargetError, match="3 images but 2 draws"):
         scored((1, 2))
+
+
+def test_calls_of_a_white_box_take_a_method() -> None:
+    lvlm, method, fastv = target("llava"), ON["vasparse strong"], COMPRESSORS["fastv"]
+    assert fastv is not None
+    passes, args = lvlm._passes, (pictures(lvlm), tiny.QUESTIONS, tiny.ANSWERS)
+    full, talk = passes.answer_logprobs(*args, decoding=method)
+    through, _ = passes.answer_logprobs(*args, fastv, decoding=method)
+    margins = passes.path_margins(*args, fastv, decoding=method)
+    assert torch.equal(margins.full, answer_margin(full, talk))
+    assert torch.equal(margins.compressed, answer_margin(through, talk))
+    found, _, ranking = passes.full_and_rank(*args, fastv, decoding=method)
+    assert torch.equal(found, full)
+    assert torch.equal(ranking.kept, passes.rank(*args[:2], fastv).kept)
+    said = passes.continuation(*args[:2], 5, fastv, decoding=method)
+    assert torch.equal(said.ids, spoken(lvlm, method, asked(lvlm, fastv), 5))
+    scores = passes.option_logprobs(*args[:2], [("yes", "red")] * 3, fastv, decoding=method)
+    first = through[:, 0, [tiny.WORDS.index("yes"), tiny.WORDS.index("red")]]
+    assert torch.allclose(scores, first, rtol=1e-4, atol=1e-3)  # answers of another length
 
 
 def test_what_cannot_work_is_refused_before_anything_runs() -> None:
