@@ -21,7 +21,7 @@ from attacks.errors import AttackError
 from attacks.metering import Meter, MeteredView
 from attacks.options import check_options
 from attacks.seeds import SeedBank
-from targets.base import Batch, ImageView, Knowledge
+from targets.base import TOLD, Batch, ImageView, Knowledge, Withheld, includes
 
 if TYPE_CHECKING:
     from targets.compression.base import Compressor
@@ -133,6 +133,10 @@ class Attack(ABC):
         """How many gradients a step takes: several where its loss looks at several paths."""
         return 1
 
+    def gradients(self, budget: Budget) -> int:
+        """Most gradients it takes for one sample within a budget."""
+        return budget.steps * budget.restarts * self.gradients_per_step
+
     def idle(self, compressor: Compressor) -> str | None:
         """Why it cannot do anything about a compressor; None if it can. See `sometimes_idle`."""
         del compressor
@@ -165,7 +169,9 @@ class Attack(ABC):
 
         Args:
             view: the view that matches `needs`; anything beyond it raises `KnowledgeError`.
-            batch: the samples, images in [0, 1].
+            batch: the samples, images in [0, 1]. Questions are withheld from an attack that knows
+                no more than the encoder, answers from one that knows no more than the ranking;
+                looking at them raises `KnowledgeError`.
             budget: radius, norm, steps; staying inside is good for the attack, not a duty.
             rng: the only allowed source of randomness, one stream per sample.
 
@@ -193,7 +199,7 @@ class Attack(ABC):
         budget = self.budget(epsilon)
         clean = _check_batch(batch, seeds)
         base = from_levels(to_levels(self.canvas(clean)))
-        own = replace(batch, images=base.clone())
+        own = replace(_told(batch, self.needs), images=base.clone())
         meter = Meter()
         metered = MeteredView(view, self.needs, meter)
         if budget.is_empty:
@@ -204,8 +210,23 @@ class Attack(ABC):
         proposal = proposed if isinstance(proposed, Proposal) else Proposal(proposed)
         with torch.no_grad():
             result = _result(base, _admit(batch, base, proposal, budget), proposal, meter)
+            result = replace(result, notes=(*result.notes, *_vanished(budget, proposal, result)))
         _verify(batch, budget, result)
         return result
+
+
+def _told(batch: Batch, knowledge: Knowledge) -> Batch:
+    """The samples with what an attacker of this knowledge is not told withheld."""
+    hidden: dict[str, Any] = {
+        name: Withheld(
+            len(batch.ids),
+            f"batch.{name} is not told to an attack of knowledge {knowledge.value!r}; least is "
+            f"{least[0].value!r}. Declare more, and the report will say so.",
+        )
+        for name, least in TOLD.items()
+        if not any(includes(knowledge, one) for one in least)
+    }
+    return replace(batch, **hidden)
 
 
 def _check_batch(batch: Batch, seeds: Sequence[int]) -> Tensor:
@@ -286,6 +307,20 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
         queries=math.ceil(meter.queries / max(count, 1)),
         base=base,
         made_by=proposal.made_by,
+    )
+
+
+def _vanished(budget: Budget, proposal: Proposal, result: AttackResult) -> tuple[str, ...]:
+    """A note where rounding to 8 bits left nothing of a change, as it may in l2."""
+    if budget.norm == "linf":
+        return ()  # one level or more is left of it
+    proposed = (proposal.images.detach().to(result.base) - result.base).abs().flatten(1).amax(1)
+    lost = int(((proposed > 0) & (result.linf == 0)).sum())
+    if not lost:
+        return ()
+    return (
+        f"of {lost} of {len(proposed)} images rounding to 8 bits left no change: spread over all "
+        "values, the budget is less than half a level each; take a larger epsilon",
     )
 
 

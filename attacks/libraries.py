@@ -19,7 +19,7 @@ import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial, reduce
 from operator import or_
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
@@ -266,6 +266,9 @@ class LibraryAttack(Attack):
         """Run the library's attack, one group of samples after the other."""
         images = batch.images.clone()
         watched = self.needs is not Knowledge.NONE
+        if not watched:  # it knows no question; the library wants a class for each picture
+            nothing = ("",) * len(images)
+            batch = replace(batch, questions=nothing, answers=nothing, options=None, judges=None)
         loss = torch.zeros(2, len(images), device=images.device)
         slopes = torch.full((1, len(images)), math.nan, device=images.device)
         seeds = rng.child(self._label).seeds

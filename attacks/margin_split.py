@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -30,7 +31,7 @@ class MarginSplit(Attack):
     visual tokens::
 
         minimise  m_C(x')   subject to   m_F(x') ≥ kappa,   ‖x' − x‖ ≤ epsilon
-        descend on  m_C − lambda · m_F
+        descend on  m_C − lambda · ⟨g, x'⟩,   g = ∇m_F of the last step that took it
         lambda ← clip(grow · lambda if m_F < kappa else shrink · lambda, 0.01, 100)
 
     The compressed path runs with the hard selection, and a sigmoid relaxation of the top-k carries
@@ -41,15 +42,21 @@ class MarginSplit(Attack):
     differences of log-probabilities, which do not level off while the model is still sure, as its
     likelihood does. A sample stops as soon as it is a failure of compression alone.
 
+    The constraint is looked at in every step, but its gradient is taken in every `refresh`-th
+    only: with small steps it hardly turns, and what it would have cost buys more steps.
+
     Built from: straight-through top-k (Bengio et al., arXiv 1308.3432), momentum (MI-FGSM, Dong et
     al., arXiv 1710.06081), multipliers for constrained attacks (Rony et al., "Augmented Lagrangian
     Adversarial Attacks", arXiv 2011.11857), and the outcome that CIRA counts (CSFR).
 
-    A step runs the vision tower once and the language model twice; it is counted as two forward
-    and two backward passes.
+    A step runs the vision tower once and the language model twice, and counts as two forward
+    passes. It takes one gradient, and a second one where that of the constraint is renewed.
 
     Args:
-        steps: gradient steps T, ≥ 0; each counts twice. 0 is the random start alone.
+        steps: gradient steps T, ≥ 0; 0 is the random start alone. It takes T + ⌈T / refresh⌉
+            gradients, 100 by default.
+        refresh: steps for which a gradient of the full path's margin serves, ≥ 1; 1 takes it anew
+            in every step.
         alpha: step size in [0, 1] pixel units; None is epsilon / 3.
         restarts: starts, the best kept per sample, ≥ 1.
         momentum: decay of accumulated gradients in [0, 1].
@@ -73,7 +80,8 @@ class MarginSplit(Attack):
     name: ClassVar[str] = "margin_split"
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
-    steps: Annotated[int, Ge(0)] = 50
+    steps: Annotated[int, Ge(0)] = 80
+    refresh: Annotated[int, Ge(1)] = 4
     alpha: Annotated[float, Gt(0)] | None = None
     restarts: Annotated[int, Ge(1)] = 1
     momentum: Annotated[float, Interval(ge=0, le=1)] = 0.7
@@ -96,8 +104,12 @@ class MarginSplit(Attack):
 
     @property
     def gradients_per_step(self) -> int:
-        """One on each path."""
+        """At most one on each path; see `gradients` for a whole run."""
         return 2
+
+    def gradients(self, budget: Budget) -> int:
+        """One a step, and one more where the constraint's is renewed."""
+        return budget.restarts * (budget.steps + math.ceil(budget.steps / self.refresh))
 
     def budget(self, epsilon: float) -> Budget:
         """Radius, step size, steps and restarts."""
@@ -126,6 +138,7 @@ class _Objective:
         self.attack, self.view, self.batch = attack, view, batch
         self.multiplier = torch.zeros(len(batch.ids), device=batch.images.device)
         self.value = torch.zeros_like(self.multiplier)
+        self.slope = torch.zeros_like(batch.images)  # of the full path's margin, [B, 3, H, W]
 
     def __call__(self, images: Tensor, step: int) -> Tensor:
         if step == 0:  # a restart begins with the first multiplier too
@@ -133,18 +146,22 @@ class _Objective:
         rows = (self.value >= -self.attack.confidence).nonzero()[:, 0]
         if len(rows) == 0:
             return self.value + 0 * images.flatten(1).sum(1)
-        lagrangian = self._lagrangian(images[rows], rows)
+        lagrangian = self._lagrangian(images[rows], rows, step)
         # Iterates are compared by what is wanted, whatever multiplier they were made with.
         return self.value.index_add(0, rows, lagrangian - lagrangian.detach())
 
-    def _lagrangian(self, images: Tensor, rows: Tensor) -> Tensor:
+    def _lagrangian(self, images: Tensor, rows: Tensor, step: int) -> Tensor:
         attack, some = self.attack, self.batch.rows(rows.tolist())
-        found = self.view.path_margins(images, some.questions, some.answers)
+        renew = step % attack.refresh == 0 and images.requires_grad
+        found = self.view.path_margins(images, some.questions, some.answers, full_gradient=renew)
+        if renew:
+            (slope,) = torch.autograd.grad(found.full.sum(), images, retain_graph=True)
+            self.slope[rows] = slope
         compressed, full = found.compressed.detach(), found.full.detach()
         multiplier = self.multiplier[rows]
         self.multiplier[rows] = renewed(multiplier, full, attack.kappa, attack.grow, attack.shrink)
         self.value[rows] = worth(compressed, full, attack.confidence)
-        return found.compressed - multiplier * found.full
+        return found.compressed - multiplier * (self.slope[rows] * images).flatten(1).sum(1)
 
 
 def renewed(multiplier: Tensor, full: Tensor, kappa: float, grow: float, shrink: float) -> Tensor:

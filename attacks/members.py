@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -73,8 +74,7 @@ def members_for(goal: Goal) -> tuple[str, ...]:
 
 def gradients(attack: Attack, epsilon: float) -> int:
     """Most gradients an attack takes for one sample."""
-    budget = attack.budget(epsilon)
-    return budget.steps * budget.restarts * attack.gradients_per_step
+    return attack.gradients(attack.budget(epsilon))
 
 
 def make_member(owner: str, name: str, steps: int) -> Attack:
@@ -89,7 +89,9 @@ def make_member(owner: str, name: str, steps: int) -> Attack:
         AttackError: there is no such member.
     """
     if name not in MEMBERS:
+        near = difflib.get_close_matches(name, MEMBERS, n=1)
         raise AttackError(
             f"attack {owner}: there is no member {name!r}; allowed: {', '.join(MEMBERS)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
         )
     return MEMBERS[name].make(steps)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
 from attacks.errors import AttackError
-from targets.base import CALLS, Knowledge, Surrogate, WhiteBoxView, includes
-from targets.errors import KnowledgeError
+from targets.base import CALLS, Knowledge, PathMargins, Surrogate, WhiteBoxView, includes
+from targets.views import DeniedAttributeError, Sealed, denial
 
 _QUERIES = frozenset({"ask", "option_scores"})
 _TWICE = frozenset({"path_margins"})
-"""Calls that run the language model twice, and count as two passes."""
-_FREE = frozenset({"token_mask_to_pixels", "tower_depth", "project", "concepts"})
+"""Calls that run the language model twice: two passes, and a gradient for each path it enters."""
+_FREE = frozenset({"token_mask_to_pixels", "tower_depth", "project", "concepts", "option_passes"})
 
 
 @dataclass(slots=True)
@@ -63,49 +63,98 @@ class MeteredView:
                 f"{view.knowledge.value!r}; ask the target for target.view({knowledge.value!r}, …)"
             )
         self.knowledge = knowledge
-        self._view = view
-        self._meter = meter
+        counter = _Counter(meter)
+        for name, needed in CALLS.items():
+            if includes(knowledge, needed) and hasattr(view, name):
+                self.__dict__[name] = Sealed(counter.counted(name, view))
         if knowledge is Knowledge.SURROGATE:
-            self.surrogates: tuple[Surrogate, ...] = tuple(map(self._metered, view.surrogates))
+            self.surrogates: tuple[Surrogate, ...] = tuple(map(counter.metered, view.surrogates))
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in CALLS:
-            # Names no knowledge grants are refused by the view itself, in its own words.
-            found: Callable[..., Any] = getattr(self._view, name)
-            return found
-        needed = CALLS[name]
-        if not includes(self.knowledge, needed):
-            raise KnowledgeError(
-                f"view.{name} needs knowledge {needed.value!r}; this attack declared "
-                f"{self.knowledge.value!r}. Declare more, and the report will say so."
-            )
-        call: Callable[..., Any] = getattr(self._view, name)
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise DeniedAttributeError(denial(name, self.knowledge))
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """Counts what goes through the calls of a view."""
+
+    meter: Meter
+
+    def counted(self, name: str, view: Any) -> Callable[..., Any]:  # noqa: ANN401 - any view
+        """A call of a view that counts its images first."""
+        call: Callable[..., Any] = getattr(view, name)
         if name in _FREE:
             return call
+        if name in _TWICE:
+            return functools.partial(self._both, call)
 
-        @functools.wraps(call)
-        def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            return call(self._count(name, images), *args, **kwargs)
+        passes = _Passes(view) if name == "option_logprobs" else None
+
+        def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any call
+            times = 1 if passes is None else passes.of(images, *args, **kwargs)
+            return call(self._count(name, images, times), *args, **kwargs)
 
         return metered
 
-    def _metered(self, surrogate: Surrogate) -> Surrogate:
-        view = MeteredView(surrogate.view, surrogate.view.knowledge, self._meter)
+    def metered(self, surrogate: Surrogate) -> Surrogate:
+        """A surrogate whose calls are counted."""
+        view = MeteredView(surrogate.view, surrogate.view.knowledge, self.meter)
         return replace(surrogate, view=cast(WhiteBoxView, view))
 
-    def _count(self, call: str, images: Tensor) -> Tensor:
+    def _count(self, call: str, images: Tensor, passes: int) -> Tensor:
         """Count a pass and hand on an alias whose gradient counts the backward pass."""
         if call in _QUERIES:
-            self._meter.queries += len(images)
+            self.meter.queries += len(images)
             return images
-        passes = 2 if call in _TWICE else 1
-        self._meter.forwards += passes * len(images)
-        if not images.requires_grad:
-            return images
-        alias = images.view_as(images)  # a hook on `images` itself would fire for every pass
+        self.meter.forwards += passes * len(images)
+        return self._watched(images, passes)
+
+    def _both(
+        self,
+        call: Callable[..., PathMargins],
+        images: Tensor,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> PathMargins:
+        """A call that looks at both paths; gradients are counted where they enter each of them."""
+        self.meter.forwards += 2 * len(images)
+        found = call(images, *args, **kwargs)
+        return PathMargins(self._watched(found.full), self._watched(found.compressed))
+
+    def _watched(self, values: Tensor, passes: int = 1) -> Tensor:
+        """An alias whose gradient, ``[B, …]``, counts so many backward passes of B images."""
+        if not values.requires_grad:
+            return values
+        alias = values.view_as(values)  # a hook on `values` itself would fire for every pass
         hook = functools.partial(self._count_backward, passes)
         alias.register_hook(hook)  # type: ignore[no-untyped-call]
         return alias
 
     def _count_backward(self, passes: int, gradient: Tensor) -> None:
-        self._meter.backwards += passes * len(gradient)
+        self.meter.backwards += passes * len(gradient)
+
+
+class _Passes:
+    """How many passes a view's `option_logprobs` takes; remembered, since every step asks it."""
+
+    def __init__(self, view: Any) -> None:  # noqa: ANN401 - any view
+        self._ask = view.option_passes
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def of(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: str = "full",
+        straight_through: bool = False,
+    ) -> int:
+        """The number for these arguments of `option_logprobs`."""
+        del straight_through
+        key = (tuple(images.shape), questions, options, path)
+        if key not in self._known:
+            self._known[key] = self._ask(images.detach(), questions, options, path=path)
+        return self._known[key]

@@ -33,8 +33,8 @@ class Square(Attack):
     in each colour; in l2 it starts at 5 × 5 tiles and moves length from one square to another. The
     share p of the picture that a square covers is halved nine times on the way.
 
-    An open question, without options, has the log-probability of the first token of its right
-    answer for a score. A sample is asked for its answer when its score says that it may be wrong
+    An open question, without options, has the log-probability of its whole right answer, its end
+    included, for a score. A sample is asked for its answer when its score says that it may be wrong
     (a margin below 0; for an open question a probability below ½), and stops when the answer is
     wrong; these questions count like the others.
 

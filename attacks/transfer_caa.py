@@ -90,7 +90,8 @@ class TransferCAA(Attack):
         neighbourhood: beta of VMI in units of epsilon, > 0.
         spectra: copies of SSA, ≥ 0; 0 is off.
         spectrum_rho: rho of SSA in [0, 1]; its noise has a deviation of epsilon.
-        ensemble: ``mean`` of the normalised gradients, or ``cwa``.
+        ensemble: ``mean`` of the normalised gradients, or ``cwa``, whose steps take the place of NI
+            and VMI: with it these have no effect, which is noted.
         inner: inner step of CWA, > 0.
 
     Raises:
@@ -167,6 +168,15 @@ class TransferCAA(Attack):
                 value = getattr(self, option)
                 raise AttackError(f"attack {self.name}: {option} is {value!r}; allowed: {allowed}")
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Most of them on each surrogate: every score, copy, view and neighbour takes one."""
+        every = len(self.layers) * ("llm" in self.scores) + ("cls" in self.scores)
+        scores = every if self.expectation == "full" else 1
+        copies = self.scales * max(1, self.spectra)
+        around = 2 if self.ensemble == "cwa" else 1 + self.neighbours
+        return scores * copies * (1 + self.crops) * around
+
     def budget(self, epsilon: float) -> Budget:
         """Linf radius, step size and steps."""
         alpha = epsilon / 16 if self.alpha is None else self.alpha
@@ -197,7 +207,15 @@ class TransferCAA(Attack):
         )
         found = optimise(problem, batch, budget, rng, self._rules(), mask)
         notes = f"made on {', '.join(in_words(members))}; target and compression unknown"
-        return replace(found, notes=(notes,))
+        return replace(found, notes=(notes, *self._ignored()))
+
+    def _ignored(self) -> tuple[str, ...]:
+        """Options that the ensemble rule leaves no place for."""
+        given = {"nesterov": self.nesterov, "neighbours": self.neighbours > 0}
+        names = [name for name, on in given.items() if on and self.ensemble == "cwa"]
+        if not names:
+            return ()
+        return (f"{' and '.join(names)} had no effect: the steps of ensemble cwa take their place",)
 
     def _chosen(self, view: SurrogateView) -> tuple[Surrogate, ...]:
         names = [one.name for one in view.surrogates]

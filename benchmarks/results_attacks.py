@@ -17,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -71,9 +72,29 @@ def _page_of(arguments: argparse.Namespace) -> str:
     settings: dict[str, str] = {}
     if arguments.update and arguments.page.exists():
         rows, settings = carry(arguments.page.read_text(encoding="utf-8"), attacks)
-    ran = {folder.name.partition("@")[0] for folder in folders} | {key[1] for key in rows}
-    absent = [label for label in attacks if label not in ran]
+    for summary, manifest in zip(summaries, manifests, strict=True):
+        rows.update(measured(summary, manifest))
+    absent = lacking(rows, whole)
     return page(summaries, manifests, _command(arguments), absent, rows, settings, list(attacks))
+
+
+def lacking(rows: Iterable[Key], scenario: dict[str, Any]) -> list[str]:
+    """Attacks and budgets of a scenario without a row for each of its compressions."""
+    found = Counter((attack, epsilon) for _, attack, epsilon in rows)
+    missing = []
+    for attack in scenario["attacks"]:
+        label = label_of(attack)
+        budgets = attack.get("epsilons", scenario["epsilons"])
+        without = [
+            one
+            for one in budgets
+            if found[label, f"{float(Fraction(one)) * 255:g}"] < len(scenario["compressions"])
+        ]
+        if len(without) == len(budgets):
+            missing.append(label)
+        else:
+            missing += [f"{label} at {one}" for one in without]
+    return missing
 
 
 def split(scenario: Path, runs: Path, by: str | None = None) -> dict[str, Path]:

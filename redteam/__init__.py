@@ -9,11 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from attacks import Attack, Budget, Descent, Proposal, SeedBank, descend
+    from attacks import Attack, AttackError, Budget, Descent, Proposal, SeedBank, descend
     from defenses import AdaptiveRoute, InputDefense
     from redteam.datasets.base import Dataset, Sample
     from redteam.scenario import Scenario, load_scenario
-    from targets.base import Batch, Knowledge
+    from targets.base import (
+        Batch,
+        CompressedView,
+        EncoderView,
+        Knowledge,
+        QueryView,
+        ScoreView,
+        SurrogateView,
+        WhiteBoxView,
+    )
     from targets.compression import Compressor
 
 __version__ = "0.1.0"
@@ -21,17 +30,24 @@ __version__ = "0.1.0"
 _HOMES: Final = {
     "AdaptiveRoute": "defenses",
     "Attack": "attacks",
+    "AttackError": "attacks",
     "Batch": "targets.base",
     "Budget": "attacks",
+    "CompressedView": "targets.base",
     "Compressor": "targets.compression",
     "Dataset": "redteam.datasets.base",
     "Descent": "attacks",
+    "EncoderView": "targets.base",
     "InputDefense": "defenses",
     "Knowledge": "targets.base",
     "Proposal": "attacks",
+    "QueryView": "targets.base",
     "Sample": "redteam.datasets.base",
     "Scenario": "redteam.scenario",
+    "ScoreView": "targets.base",
     "SeedBank": "attacks",
+    "SurrogateView": "targets.base",
+    "WhiteBoxView": "targets.base",
     "descend": "attacks",
     "load_scenario": "redteam.scenario",
 }
@@ -39,17 +55,24 @@ _HOMES: Final = {
 __all__ = [
     "AdaptiveRoute",
     "Attack",
+    "AttackError",
     "Batch",
     "Budget",
+    "CompressedView",
     "Compressor",
     "Dataset",
     "Descent",
+    "EncoderView",
     "InputDefense",
     "Knowledge",
     "Proposal",
+    "QueryView",
     "Sample",
     "Scenario",
+    "ScoreView",
     "SeedBank",
+    "SurrogateView",
+    "WhiteBoxView",
     "__version__",
     "descend",
     "load_scenario",

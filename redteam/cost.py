@@ -23,9 +23,7 @@ def sample_cost(group: ImageGroup, *, clean: bool) -> float:
     answer, gradient = speed(group.target) or (1.0, 3.0)
     # Swap tests are two answers for each failure; a quarter of the samples is a generous guess.
     answers = 1 + 1.5 * len(group.cells) + (1 + len(group.cells)) * clean
-    # A gradient step of a transfer attack is one on each of its surrogates.
-    gradients = group.gradients * max(1, len(group.surrogates))
-    return (answers + group.queries) * answer + gradients * gradient
+    return (answers + group.queries) * answer + group.gradients * gradient
 
 
 def speed(target: Method) -> tuple[float, float] | None:

@@ -40,7 +40,7 @@ class ImageGroup:
         attack: what attacks it.
         epsilon: budget.
         known: the compression the attack knows or asks; None if it knows none.
-        gradients: gradient steps of one sample.
+        gradients: most gradients taken for one sample, on all surrogates together.
         cells: what is evaluated on the images.
         queries: most questions to the target about one sample.
         surrogates: models the attack works on instead of the target.
@@ -163,8 +163,7 @@ class _Traits:
     needs: str
     knows_compression: bool
     norm: str
-    steps: int
-    gradients: int
+    gradients: int  # on each surrogate, where it works on these
     queries: int
 
 
@@ -174,14 +173,11 @@ def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: 
     except Exception as error:
         # A method's own message about its own options.
         raise ScenarioError([attack.problem(str(error))]) from error
-    steps = budget.steps + 1 if budget.steps else 0
-    each = instance.gradients_per_step
     return _Traits(
         needs=instance.needs.value,
         knows_compression=bool(instance.knows_compression),
         norm=budget.norm,
-        steps=budget.steps * budget.restarts * each,
-        gradients=steps * budget.restarts * each,
+        gradients=instance.gradients(budget),
         queries=budget.queries,
     )
 
@@ -209,7 +205,7 @@ def _groups(scenario: Scenario, target: Method, attack: Method) -> Iterator[Imag
                 attack=attack,
                 epsilon=epsilon,
                 known=known,
-                gradients=traits.gradients,
+                gradients=traits.gradients * max(1, len(others)),
                 queries=traits.queries,
                 surrogates=others,
                 cells=tuple(
@@ -269,6 +265,9 @@ def _cell(
         knowledge=traits.needs,
         knows_compression=traits.knows_compression,
         spec=spec,
-        declared={"steps": traits.steps, "queries": traits.queries},
+        declared={
+            "steps": traits.gradients * max(1, len(surrogates)),
+            "queries": traits.queries,
+        },
     )
     return PlannedCell(cell, compression, defense)

@@ -247,6 +247,7 @@ def load_scenario(name: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     _spell_out(document.data)
     for assignment in overrides:
         override(document, assignment)
+    _spell_out(document.data)  # an override may have brought a whole list
     return _check(document, path, tuple(overrides))
 
 

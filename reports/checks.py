@@ -43,6 +43,8 @@ REMEDY = {
     "that breaks no more, this is lifted",
     "no-gain": "give it more steps, restarts or another loss; if the model really withstands it, "
     "show in the same scenario that it beats noise at a larger epsilon; with few samples take more",
+    "no-control": "list noise beside the attack, at the same epsilons and in the same norm: "
+    "without it nothing tells an attack that fails from a model that withstands it",
     "non-monotone": "raise steps and restarts, set alpha in proportion to epsilon, and read the "
     "figure of the smaller budget: whoever may change more may also change less",
     "stronger-black-box": "suspect masked gradients: use a straight-through or BPDA gradient, "
@@ -285,13 +287,16 @@ def _options(cell: Cell) -> Mapping[str, Any]:
 def _no_gain(run: _Run, cell: Cell) -> Iterator[Doubt]:
     """Noise of the same budget breaks as much, and the attack beats it at no other budget."""
     found = _against_noise(run, cell)
-    if found is None or found[1].first_above():
+    if found is not None and found[1].first_above():
         return
     kin = [other for other in run.beside(cell, same_budget=False) if other.attack == cell.attack]
     for other in kin:
         elsewhere = _against_noise(run, other)
         if elsewhere is not None and elsewhere[1].first_above():
             return
+    if found is None:
+        yield from _without_control(run, cell)
+        return
     noise, compared = found
     control, n = f"{plain(noise.attack)} of the same budget", count(compared.n, "sample")
     seen = f"it broke {compared.first} of {n} and {control} {compared.second}"
@@ -301,6 +306,15 @@ def _no_gain(run: _Run, cell: Cell) -> Iterator[Doubt]:
             f"{compared.second} less"
         )
     yield Doubt("no-gain", cell, f"{seen} (paired p = {compared.p:.2g})")
+
+
+def _without_control(run: _Run, cell: Cell) -> Iterator[Doubt]:
+    """No noise to compare with; where it failed or has no sample in common, errors say so."""
+    controls = [one for one in run.beside(cell) if one.knowledge == "none"]
+    if not any(_area(one) == _area(cell) for one in controls):
+        yield Doubt(
+            "no-control", cell, "the run has no noise of the same budget and norm beside it"
+        )
 
 
 def _against_noise(run: _Run, cell: Cell) -> tuple[Cell, _Paired] | None:

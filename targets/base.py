@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    runtime_checkable,
+)
+
+from targets.errors import KnowledgeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +29,7 @@ if TYPE_CHECKING:
     from targets.compression.base import Compressor
 
 Path = Literal["full", "compressed"]
+_Value = TypeVar("_Value")
 
 
 class Knowledge(StrEnum):
@@ -51,6 +63,7 @@ CALLS: Final = {
     "full_and_rank": Knowledge.WHITE_BOX,
     "path_margins": Knowledge.WHITE_BOX,
     "option_logprobs": Knowledge.WHITE_BOX,
+    "option_passes": Knowledge.WHITE_BOX,
     "project": Knowledge.WHITE_BOX,
     "concepts": Knowledge.WHITE_BOX,
     "continuation": Knowledge.WHITE_BOX,
@@ -71,9 +84,44 @@ _GRANTED: Final = {
 }
 
 
+TOLD: Final = {
+    "questions": (Knowledge.COMPRESSED, Knowledge.SURROGATE, Knowledge.QUERY),
+    "answers": (Knowledge.WHITE_BOX, Knowledge.SURROGATE, Knowledge.QUERY),
+    "options": (Knowledge.WHITE_BOX, Knowledge.SURROGATE, Knowledge.QUERY),
+    "judges": (Knowledge.WHITE_BOX, Knowledge.SURROGATE, Knowledge.QUERY),
+}
+"""What is said of a sample besides its picture, and the least knowledge with which it is told."""
+
+
 def includes(view: Knowledge, need: Knowledge) -> bool:
     """Whether a view of one knowledge offers all that another needs."""
     return need in _GRANTED[view]
+
+
+class Withheld(tuple[Any, ...]):
+    """Something of each sample that the attacker does not know: a length, and nothing to see.
+
+    Args:
+        count: of samples.
+        message: of the `KnowledgeError` that looking at one raises.
+    """
+
+    message: str
+
+    def __new__(cls, count: int, message: str) -> Withheld:
+        """Nothing, `count` times."""
+        found = super().__new__(cls, (None,) * count)
+        found.message = message
+        return found
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise KnowledgeError(self.message)
+
+    def __iter__(self) -> NoReturn:
+        raise KnowledgeError(self.message)
+
+    def __contains__(self, value: object) -> NoReturn:
+        raise KnowledgeError(self.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +157,19 @@ class Batch:
         """Some of the samples, in this order."""
         options, judges = self.options, self.judges
         return Batch(
-            ids=tuple(self.ids[i] for i in indices),
+            ids=_rows(self.ids, indices),
             images=self.images[list(indices)],
-            questions=tuple(self.questions[i] for i in indices),
-            answers=tuple(self.answers[i] for i in indices),
-            options=None if options is None else tuple(options[i] for i in indices),
-            judges=None if judges is None else tuple(judges[i] for i in indices),
+            questions=_rows(self.questions, indices),
+            answers=_rows(self.answers, indices),
+            options=None if options is None else _rows(options, indices),
+            judges=None if judges is None else _rows(judges, indices),
         )
+
+
+def _rows(values: tuple[_Value, ...], indices: Sequence[int]) -> tuple[_Value, ...]:
+    if isinstance(values, Withheld):
+        return Withheld(len(indices), values.message)
+    return tuple(values[index] for index in indices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +419,7 @@ class WhiteBoxView(CompressedView, Protocol):
         answers: tuple[str, ...],
         *,
         under: Compressor | None = None,
+        full_gradient: bool = True,
     ) -> PathMargins:
         """Margins of the answers on both paths; one vision tower, two passes behind it.
 
@@ -375,6 +430,7 @@ class WhiteBoxView(CompressedView, Protocol):
             questions: B prompts.
             answers: B answers, teacher-forced.
             under: a compressor the attacker imagines on the compressed path.
+            full_gradient: whether the margin of the full path is live.
         """
         ...
 
@@ -401,6 +457,17 @@ class WhiteBoxView(CompressedView, Protocol):
             so for all), else of the whole option, end token included (O passes). A
             single option is taken whole.
         """
+        ...
+
+    def option_passes(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: Path = "full",
+    ) -> int:
+        """How many passes `option_logprobs` takes of these arguments; runs no model."""
         ...
 
     def project(self, features: Tensor) -> Tensor:

@@ -265,6 +265,8 @@ class Passes:
         questions: Sequence[str],
         answers: Sequence[str],
         compressor: Compressor,
+        *,
+        full_gradient: bool = True,
         decoding: Decoding | None = None,
         draws: Sequence[int] | None = None,
     ) -> PathMargins:
@@ -277,7 +279,8 @@ class Passes:
         apart = any(one.stage in (Stage.PIXELS, Stage.TOWER) for one in parts_of(compressor))
         if apart or decoding is not None:
             how: dict[str, Any] = {"decoding": decoding, "draws": draws}
-            full = answer_margin(*self.answer_logprobs(images, questions, answers, **how))
+            with torch.set_grad_enabled(full_gradient and torch.is_grad_enabled()):
+                full = answer_margin(*self.answer_logprobs(images, questions, answers, **how))
             through = self.answer_logprobs(
                 images, questions, answers, compressor, relax=RELAX, **how
             )
@@ -293,7 +296,8 @@ class Passes:
         with self._session(compressor, "hard", None, talk, RELAX):
             encoded = self.family.encoded(inputs)
             compressed = run(encoded)
-        return PathMargins(run(encoded), compressed)
+        with torch.set_grad_enabled(full_gradient and torch.is_grad_enabled()):
+            return PathMargins(run(encoded), compressed)
 
     def option_scores(
         self,
@@ -342,13 +346,8 @@ class Passes:
                 "sample needs options, and all the same number"
             )
         relax = RELAX if straight_through and compressor is not None else None
-        size, layout = self._shape(images, compressor)
         columns = list(zip(*options, strict=True))
-        talks = [self.prompts.dialogue(questions, column, layout, size) for column in columns]
-        first = torch.stack([talk.targets[:, 0] for talk in talks], 1)  # [B, O]
-        # Decided row by row, so that a sample's scores do not depend on its neighbours. A single
-        # option is taken whole: there is nothing to tell it apart from.
-        told = torch.tensor([1 < len(set(row)) == len(row) for row in first.tolist()])
+        first, told = self._first_tokens(images, questions, columns, compressor)
         whole: list[Tensor] = []
         for column in columns:
             logprobs, talk = self.answer_logprobs(
@@ -360,6 +359,35 @@ class Passes:
                 return short
             whole.append(_of_targets(logprobs, talk))
         return torch.where(told.to(short.device)[:, None], short, torch.stack(whole, 1))
+
+    def option_passes(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        options: Sequence[Sequence[str]],
+        compressor: Compressor | None = None,
+    ) -> int:
+        """How many passes `option_logprobs` takes of these: one for all options, or for each."""
+        columns = list(zip(*options, strict=True))
+        _, told = self._first_tokens(images, questions, columns, compressor)
+        return 1 if bool(told.all()) else len(columns)
+
+    def _first_tokens(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        columns: Sequence[Sequence[str]],
+        compressor: Compressor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """First token of each option ``[B, O]``, and whether they tell its options apart ``[B]``.
+
+        Decided row by row, so that a sample's scores do not depend on its neighbours. A single
+        option is taken whole: there is nothing to tell it apart from.
+        """
+        size, layout = self._shape(images, compressor)
+        talks = [self.prompts.dialogue(questions, column, layout, size) for column in columns]
+        first = torch.stack([talk.targets[:, 0] for talk in talks], 1)
+        return first, torch.tensor([1 < len(set(row)) == len(row) for row in first.tolist()])
 
     def _shape(self, images: Tensor, compressor: Compressor | None) -> tuple[Size, Layout]:
         """Size and layout of pictures behind a compressor that acts on pixels."""

@@ -51,7 +51,7 @@ class View:
         self.knowledge = knowledge
         for name, call in calls.items():
             if includes(knowledge, CALLS[name]):
-                self.__dict__[name] = _bare(call)
+                self.__dict__[name] = Sealed(call)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -59,13 +59,37 @@ class View:
         raise DeniedAttributeError(denial(name, self.knowledge))
 
 
-def _bare(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call as a plain function: a bound method would carry what is behind it."""
+class Sealed:
+    """A call that shows nothing of what is behind it.
 
-    def granted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any call
+    A bound method has ``__self__``, a function ``__closure__`` and a wrapper ``__wrapped__``; all
+    of them lead to the model. Against reflection on purpose, or `gc`, no code in the same process
+    is safe; this is against reaching further by attributes.
+
+    Args:
+        call: what is called.
+    """
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any call
+        """What the call gives."""
+        call: Callable[..., Any] = object.__getattribute__(self, "_call")
         return call(*args, **kwargs)
 
-    return granted
+    def __getattribute__(self, name: str) -> Any:  # noqa: ANN401 - of any name
+        if name in _OF_ANY_OBJECT:
+            return object.__getattribute__(self, name)
+        raise DeniedAttributeError(f"{name} of a call of a view is not granted: it can be called")
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise DeniedAttributeError(f"{name} of a call of a view cannot be set: it can be called")
+
+
+_OF_ANY_OBJECT = frozenset({"__class__", "__doc__", "__module__"})
 
 
 class OtherModels:
@@ -94,7 +118,7 @@ def denial(name: str, knowledge: Knowledge) -> str:
     if needed is None:
         return (
             f"view.{name} is not granted: the attack's knowledge is {knowledge.value!r}, and no "
-            "knowledge grants it"
+            "knowledge grants it, not even 'white_box'"
         )
     return (
         f"view.{name} needs knowledge {needed.value!r}; the attack's is {knowledge.value!r}. An "
@@ -259,9 +283,12 @@ class _Calls:
         answers: Questions,
         *,
         under: Compressor | None = None,
+        full_gradient: bool = True,
     ) -> PathMargins:
         using = self.known("view.path_margins", under)
-        return self._passes.path_margins(images, questions, answers, using)
+        return self._passes.path_margins(
+            images, questions, answers, using, full_gradient=full_gradient
+        )
 
     def option_logprobs(
         self,
@@ -276,6 +303,17 @@ class _Calls:
         return self._passes.option_logprobs(
             images, questions, options, using, straight_through=straight_through
         )
+
+    def option_passes(
+        self,
+        images: Tensor,
+        questions: Questions,
+        options: tuple[Questions, ...],
+        *,
+        path: Path = "full",
+    ) -> int:
+        using = self.on(path, "view.option_passes")
+        return self._passes.option_passes(images, questions, options, using)
 
     def ask(
         self, images: Tensor, questions: Questions, *, path: Path = "compressed"

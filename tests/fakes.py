@@ -232,6 +232,7 @@ class FakeView:
         answers: tuple[str, ...],
         *,
         under: Any = None,
+        full_gradient: bool = True,
     ) -> PathMargins:
         del under
         self._enter("path_margins", Knowledge.WHITE_BOX)
@@ -240,7 +241,8 @@ class FakeView:
         for path, through in (("full", False), ("compressed", True)):
             logprobs = self._answer(images, questions, path, through)[0][:, 0]  # type: ignore[arg-type]
             others = logprobs.scatter(1, wanted, -torch.inf).amax(1)
-            margins.append(logprobs.gather(1, wanted)[:, 0] - others)
+            margin = logprobs.gather(1, wanted)[:, 0] - others
+            margins.append(margin if full_gradient or path == "compressed" else margin.detach())
         return PathMargins(*margins)
 
     def option_logprobs(
@@ -256,6 +258,16 @@ class FakeView:
         logprobs, _ = self._answer(images, questions, path, straight_through)
         wanted = torch.tensor([[len(one) % VOCABULARY for one in row] for row in options])
         return logprobs[:, 0].gather(1, wanted)
+
+    def option_passes(
+        self,
+        images: Tensor,
+        questions: tuple[str, ...],
+        options: tuple[tuple[str, ...], ...],
+        *,
+        path: Path = "full",
+    ) -> int:
+        return 1
 
     def ask(
         self, images: Tensor, questions: tuple[str, ...], *, path: Path = "compressed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import pytest
@@ -28,6 +29,19 @@ def test_checkpoints_are_those_of_the_paper() -> None:
     assert checkpoints(20) == (5, 9, 12, 14, 16, 18, 19, 20)  # rounded up
     assert checkpoints(3) == (1, 2, 3)
     assert checkpoints(0) == ()
+
+
+def paper_checkpoints(steps: int) -> set[int]:
+    """w_j = ⌈p_j N⌉ with p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j − p_{j−1} − 0.03, 0.06)."""
+    p = [Fraction(0), Fraction(22, 100)]
+    while p[-1] <= 1:
+        p.append(p[-1] + max(p[-1] - p[-2] - Fraction(3, 100), Fraction(6, 100)))
+    return {math.ceil(share * steps) for share in p[1:] if share <= 1}
+
+
+@pytest.mark.parametrize("steps", [*range(1, 40), 50, 100, 250])
+def test_checkpoints_follow_the_recursion(steps: int) -> None:
+    assert set(checkpoints(steps)) == paper_checkpoints(steps)
 
 
 @dataclass
@@ -59,7 +73,7 @@ def reference(loss: Loss, clean: Tensor, budget: Budget, steps: int) -> Referenc
         step = gradient.sign() if budget.norm == "linf" else gradient / gradient.norm()
         return ball(x - eta * step)
 
-    eta, marks = 2 * epsilon, list(checkpoints(steps))
+    eta, marks = 2 * epsilon, paper_checkpoints(steps)
     x, last = clean.clone(), clean.clone()
     f, gradient, seen = at(x)
     values, halvings = [f], []

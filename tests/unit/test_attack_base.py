@@ -347,3 +347,13 @@ class TestSeedBank:
         used.normal((10,))
         assert torch.equal(fresh.child("a").normal((3,)), used.child("a").normal((3,)))
         assert fresh.child("a").seeds != fresh.child("b").seeds
+
+
+def test_a_change_that_rounding_leaves_nothing_of_is_said(batch: Batch) -> None:
+    """A pattern of signs in a small l2 ball is less than half a level in every value."""
+    lost = Noise(distribution="sign", norm="l2")(FakeView(), batch, 0.05, SEEDS)
+    assert float(lost.l2.max()) == 0
+    assert any("left no change" in note for note in lost.notes)
+    held = Noise(distribution="sign", norm="l2")(FakeView(), batch, 1.0, SEEDS)
+    assert float(held.l2.min()) > 0
+    assert not held.notes

@@ -9,6 +9,7 @@ import torch
 from answered import answered
 
 from attacks import AttackError, MarginSplit
+from attacks.margin_split import _Objective
 from targets.base import Batch, Knowledge
 from targets.compression.base import Compressor
 from targets.compression.divprune import DivPrune
@@ -129,7 +130,7 @@ def test_gradient_reaches_the_scores_through_the_hard_selection(
 def test_it_runs_through_the_view_and_counts_two_passes_a_step(
     target: LVLM, batch: Batch, compressor: Compressor
 ) -> None:
-    attack = MarginSplit(steps=3)
+    attack = MarginSplit(steps=3, refresh=1)
     view = target.view(attack.needs, compressor)
     result = attack(view, batch, EPSILON, SEEDS)
     assert float(result.linf.max()) <= EPSILON
@@ -169,3 +170,38 @@ def test_the_full_path_is_given_up_only_without_the_multiplier() -> None:
 def test_a_multiplier_out_of_range_is_refused() -> None:
     with pytest.raises(AttackError, match=r"multiplier is 1000.*\[0.01, 100"):
         MarginSplit(multiplier=1000.0)
+
+
+@pytest.mark.parametrize(("steps", "refresh", "gradients"), [(7, 1, 14), (7, 3, 10), (8, 4, 10)])
+def test_the_gradient_of_the_constraint_is_taken_now_and_then(
+    target: LVLM, batch: Batch, steps: int, refresh: int, gradients: int
+) -> None:
+    """What is declared is what hooks on the two passes count."""
+    attack = MarginSplit(steps=steps, refresh=refresh)
+    view = target.view(attack.needs, SHARED[0])
+    result = attack(view, batch, EPSILON, SEEDS)
+    assert attack.gradients(attack.budget(EPSILON)) == gradients
+    assert (result.forwards, result.backwards) == (2 * steps + 2, gradients)
+
+
+def test_a_fresh_gradient_gives_the_step_of_the_whole_lagrangian() -> None:
+    """Slow reference: one gradient of m_C − lambda · m_F, taken whole."""
+    view, batch = FakeView(), answered(6, view=FakeView())
+    attack = MarginSplit(steps=4, refresh=1, multiplier=2.0)
+    objective = _Objective(attack, view, batch)  # type: ignore[arg-type]
+    images = batch.images.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(objective(images, 0).sum(), images)
+    found = view.path_margins(images, batch.questions, batch.answers)
+    whole = found.compressed - 2.0 * found.full
+    (expected,) = torch.autograd.grad(whole.sum(), images)
+    assert torch.allclose(ours, expected, atol=1e-6)
+
+
+def test_without_its_gradient_the_full_margin_is_still_measured(target: LVLM, batch: Batch) -> None:
+    view: Any = target.view(Knowledge.WHITE_BOX, SHARED[0])
+    images = batch.images.clone().requires_grad_()
+    live = view.path_margins(images, batch.questions, batch.answers)
+    still = view.path_margins(images, batch.questions, batch.answers, full_gradient=False)
+    assert torch.equal(still.full, live.full.detach())
+    assert not still.full.requires_grad
+    assert still.compressed.requires_grad

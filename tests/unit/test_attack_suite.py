@@ -107,6 +107,8 @@ def test_the_page_names_every_member() -> None:
 def test_an_unknown_member_is_refused_with_what_there_is() -> None:
     with pytest.raises(AttackError, match=r"no member 'pdg'; allowed: .*pgd"):
         Suite(members=("pdg",))
+    with pytest.raises(AttackError, match="did you mean 'apgd_sparing'"):
+        Suite(members=("apgd_sparin",))
     with pytest.raises(AttackError, match="repeat"):
         Suite(members=("pgd", "pgd"))
 

@@ -156,6 +156,11 @@ def test_above_noise_is_read_from_the_intervals(script: ModuleType) -> None:
     assert "| 1.55 |" in text
 
 
+def test_what_was_not_run_is_said_budget_by_budget(script: ModuleType) -> None:
+    rows = [("fastv K=2", "noise", "2"), ("visionzip", "noise", "2"), ("fastv K=2", "noise", "4")]
+    assert script.lacking(rows, SCENARIO) == ["noise at 4/255", "deep"]
+
+
 def line_of(page: str, attack: str) -> str:
     """The row of an attack in the table of its compression."""
     (found,) = [line for line in page.splitlines() if line.startswith(f"| {attack} | none |")]

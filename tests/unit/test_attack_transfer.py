@@ -119,6 +119,21 @@ def test_it_has_nothing_but_surrogates() -> None:
     assert not TransferCAA().knows_compression
 
 
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"neighbours": 2}])
+def test_what_cwa_leaves_no_place_for_is_noted(options: dict[str, Any]) -> None:
+    view: Any = FakeSurrogates()
+    batch, seeds = make_batch(2), [1, 2]
+    common: dict[str, Any] = {"steps": 2, "template": None, "border": 0.25}
+    plain = TransferCAA(**common, ensemble="cwa")(view, batch, 8 / 255, seeds)
+    with_it = TransferCAA(**common, **options, ensemble="cwa")
+    result = with_it(view, batch, 8 / 255, seeds)
+    assert torch.equal(result.images, plain.images)
+    assert [one for one in result.notes if f"{next(iter(options))} had no effect" in one]
+    assert not [one for one in plain.notes if "no effect" in one]
+    mean = TransferCAA(**common, **options)(view, batch, 8 / 255, seeds)
+    assert not [one for one in mean.notes if "no effect" in one]
+
+
 @pytest.mark.parametrize(
     ("depth", "wanted"),
     [(32, (2, 8, 16)), (17, (2, 8, 16)), (16, (1, 4, 8)), (6, (1, 2, 3)), (5, (1, 2)), (2, (1,))],

@@ -43,7 +43,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield write
     for name in set(sys.modules) - before:
-        if name.endswith(("centre", "vipllava")):
+        if name.endswith(("centre", "vipllava", "topple")):
             del sys.modules[name]
 
 
@@ -73,6 +73,19 @@ def test_adding_a_compressor(written: Any) -> None:
     assert session.trace.kept is not None
     assert session.trace.kept.sum(1).tolist() == [tiny.QUARTER] * 3
     assert not bool(session.trace.kept[:, 0].any())
+
+
+def test_adding_an_attack(written: Any) -> None:
+    from tests.fakes import make_batch, view_for
+
+    found = blocks("add-an-attack.md")
+    written("attacks/topple.py", found["attacks/topple.py"])
+    golden = written("tests/golden/test_topple.py", found["tests/golden/test_topple.py"])
+    golden.test_the_lead_of_what_is_kept()
+    attack = sys.modules["attacks.topple"].Topple(steps=5)
+    result = attack(view_for(attack.needs), make_batch(4), 16 / 255, [1, 2, 3, 4])
+    assert float(result.linf.max()) <= 16 / 255
+    assert all(min(trace) < trace[0] for trace in result.loss)
 
 
 def test_its_options_can_be_read_from_the_source(written: Any, tmp_path: Path) -> None:

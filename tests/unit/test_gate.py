@@ -133,7 +133,9 @@ def test_where_selects_cells(where: dict[str, str | float], matches: bool) -> No
 def verdict_of(gates: list[GateSpec], outcomes: dict[str, int], planned: int | None = None) -> dict:
     trials = [trial(f"{o}{i}", o) for o, times in outcomes.items() for i in range(times)]
     samples = [t.sample for t in trials] + [f"x{i}" for i in range((planned or 0) - len(trials))]
-    return summarise(manifest(0, gates=gates).model_copy(update={"samples": samples}), trials)
+    control = [cell(attack="noise", knowledge="none")]  # which no self-check is about
+    run = manifest(0, gates=gates, cells=control).model_copy(update={"samples": samples})
+    return summarise(run, trials)
 
 
 @pytest.mark.parametrize(

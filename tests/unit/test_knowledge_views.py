@@ -144,6 +144,34 @@ def test_options_alike_in_their_first_token_are_scored_whole(
         view.option_logprobs(images, QUESTIONS, (("yes",), ("a", "b")))
 
 
+@pytest.mark.parametrize(("options", "passes"), [(OPTIONS, 1), ((("a b", "a c"), ("a", "b")), 2)])
+@pytest.mark.parametrize("path", ["full", "compressed"])
+def test_options_that_take_several_passes_are_counted_so(
+    target: LVLM, images: torch.Tensor, options: Any, passes: int, path: str
+) -> None:
+    """As the tower sees them: a hook on it counts the images that really go through."""
+    meter, seen = Meter(), [0, 0]
+    view: Any = MeteredView(target.view(Knowledge.WHITE_BOX, FASTV), Knowledge.WHITE_BOX, meter)
+    embedding = target.family.model.get_submodule("model.vision_tower.embeddings")
+
+    def backward(gradient: torch.Tensor) -> None:
+        seen[1] += len(gradient)
+
+    def forward(module: object, args: object, output: torch.Tensor) -> None:
+        seen[0] += len(output)
+        output.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    images = images.clone().requires_grad_()
+    handle = embedding.register_forward_hook(forward)
+    try:
+        found = view.option_logprobs(images, QUESTIONS, options, path=path)
+        torch.autograd.grad(found.sum(), images)
+    finally:
+        handle.remove()
+    assert seen == [2 * passes, 2 * passes]
+    assert [meter.forwards, meter.backwards] == seen
+
+
 def test_a_single_option_is_taken_whole(target: LVLM, images: torch.Tensor) -> None:
     view: Any = target.view(Knowledge.WHITE_BOX, FASTV)
     found = view.option_logprobs(images[:1], QUESTIONS[:1], (("a b",),))

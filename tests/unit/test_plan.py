@@ -166,7 +166,7 @@ def test_a_method_that_refuses_its_options_names_its_line(
 def test_costs_add_up(load: Load) -> None:
     plan = make_plan(load())
     found = estimate(plan, 10)
-    per_sample = 2 * (21 * 2) + 2 * 2 * 6 + 2 * 2 * 31 * 2
+    per_sample = 2 * (20 * 2) + 2 * 2 * 5 + 2 * 2 * 30 * 2
     assert found.gradients == 10 * per_sample
     assert found.images == 10 * len(plan.groups)
     assert found.seconds == pytest.approx(sum(map(unit_cost, plan.units(10))))

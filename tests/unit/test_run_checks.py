@@ -37,8 +37,13 @@ def noise(id: str = "noise", **changes: Any) -> Cell:
     return cell(id, **({"attack": "noise", "knowledge": "none"} | changes))
 
 
+def others(cells: list[Cell], found: Mapping[str, list[Row]]) -> list[Doubt]:
+    """All doubts but that there is no noise, which has tests of its own."""
+    return [doubt for doubt in run_checks(cells, found) if doubt.code != "no-control"]
+
+
 def codes(cells: list[Cell], found: Mapping[str, list[Row]]) -> list[tuple[str, str]]:
-    return [(doubt.code, doubt.cell.id) for doubt in run_checks(cells, found)]
+    return [(doubt.code, doubt.cell.id) for doubt in others(cells, found)]
 
 
 def test_an_attack_no_better_than_noise_is_in_doubt() -> None:
@@ -85,7 +90,30 @@ def test_an_attack_that_beats_noise_at_another_budget_works() -> None:
 )
 def test_noise_of_another_kind_is_no_control(other: dict[str, Any]) -> None:
     cells = [noise(**other), cell("caa")]
-    assert codes(cells, {"noise": rows("noise", 0), "caa": rows("caa", 0)}) == []
+    found = {"noise": rows("noise", 0), "caa": rows("caa", 0)}
+    assert codes(cells, found) == []
+    assert [(one.code, one.cell.id) for one in run_checks(cells, found)] == [("no-control", "caa")]
+
+
+def test_an_attack_without_noise_beside_it_is_in_doubt() -> None:
+    """However little it broke: nothing tells a weak attack from a model that withstands it."""
+    for broken in (0, 12):
+        (found,) = run_checks([cell("caa")], {"caa": rows("caa", broken)})
+        assert found.code == "no-control"
+        assert vetoes(GateSpec(name="g", metric="csfr", max=0.5), [found]) is found
+        assert vetoes(GateSpec(name="g", metric="csfr", min=0.2), [found]) is None
+
+
+def test_noise_at_one_budget_serves_the_others_where_the_attack_beats_it() -> None:
+    cells = [noise("n2"), cell("c2"), cell("c1", epsilon=2 / 255)]
+    found = {"n2": rows("n2", 0), "c2": rows("c2", 20), "c1": rows("c1", 1)}
+    assert run_checks(cells, found) == []
+    found["c2"] = rows("c2", 1)
+    assert [one.code for one in run_checks(cells, found)] == ["no-gain", "no-control"]
+
+
+def test_noise_without_a_sample_in_common_is_another_trouble() -> None:
+    assert run_checks([noise(), cell("caa")], {"noise": [], "caa": rows("caa", 0)}) == []
 
 
 def test_an_attack_on_availability_has_to_demand_more_than_noise() -> None:
@@ -143,7 +171,7 @@ def test_no_budget_is_no_attack() -> None:
 def test_a_curve_that_falls_is_in_doubt_at_the_larger_budget() -> None:
     cells = [cell("small", epsilon=4 / 255), cell("large", epsilon=8 / 255)]
     found = {"small": rows("small", 30), "large": rows("large", 15)}
-    doubts = run_checks(cells, found)
+    doubts = others(cells, found)
     assert [(one.code, one.cell.id) for one in doubts] == [("non-monotone", "large")]
     assert "30 of 40 samples at ε 4/255, but in 15 at ε 8/255" in doubts[0].message
     assert codes(cells, {"small": rows("small", 18), "large": rows("large", 15)}) == []  # chance
@@ -155,7 +183,7 @@ def test_a_curve_that_falls_is_in_doubt_at_the_larger_budget() -> None:
 def test_damage_that_is_no_longer_compression_specific_is_in_doubt_too() -> None:
     cells = [cell("small", epsilon=4 / 255), cell("large", epsilon=8 / 255)]
     found = {"small": rows("small", 20), "large": rows("large", 20, outcome=BOTH)}
-    doubts = run_checks(cells, found)
+    doubts = others(cells, found)
     assert [one.code for one in doubts] == ["non-monotone"]
     assert "breaks only the compressed path" in doubts[0].message
 
@@ -215,7 +243,7 @@ def test_unfinished_is_lifted_by_twice_the_steps() -> None:
 def test_a_single_result_that_changes_is_in_doubt() -> None:
     found = rows("c1", 20)
     found[3] = found[3]._replace(codes=("not-repeatable",))
-    doubts = run_checks([cell()], {"c1": found})
+    doubts = others([cell()], {"c1": found})
     assert [one.code for one in doubts] == ["not-repeatable"]
     assert "1 sample" in doubts[0].message
 

@@ -275,3 +275,8 @@ def test_reading_scenarios_imports_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_override_may_name_methods_by_a_bare_word(tmp_path: Path) -> None:
+    scenario = load(tmp_path, GOOD, "attacks=[noise, suite]", "gates=[]")
+    assert [attack.type for attack in scenario.attacks] == ["noise", "suite"]
