@@ -16,6 +16,8 @@ from targets.base import ImageView, Knowledge, Surrogate, WhiteBoxView
 from targets.compression.base import Compressor, Selection
 from targets.compression.session import compress
 from targets.compression.trace import Forced
+from targets.decoding.assembly import Asked
+from targets.decoding.base import Decoding
 from targets.errors import TargetError
 from targets.families import family_of
 from targets.families.base import Family
@@ -155,8 +157,10 @@ class LVLM:
         kept: Forced = None,
         seeds: Sequence[int] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Answered:
-        """Answer one question about each image, greedily.
+        """Answer one question about each image, greedily unless told otherwise.
 
         Args:
             images: ``[B, 3, H, W]`` in [0, 1].
@@ -167,19 +171,28 @@ class LVLM:
                 by its own rule on *these* images; a `Selection` brings its assignment along.
             seeds: one per sample, for compressors that draw.
             max_new_tokens: most tokens of an answer, ≥ 1.
+            decoding: how tokens are chosen; None is greedy decoding.
+            draws: one per sample, for a decoding method that draws; None is 0 for all.
 
         Raises:
-            TargetError: on shapes that do not fit, or `kept` without a compressor.
+            TargetError: on shapes that do not fit, `kept` without a compressor, or a decoding
+                method that cannot work on this model or with this compressor.
         """
         if kept is not None and compressor is None:
             raise TargetError("kept forces a compressor's selection; name the compressor too")
         started = time.perf_counter()
         session = None
-        if compressor is not None:
-            family = self._passes.family
-            session = compress(family.model, compressor, family=family, kept=kept, seeds=seeds)
-        with torch.no_grad():
-            ids = self._passes.generate(images, questions, session, max_new_tokens, compressor)
+        if decoding is not None:
+            asked = Asked(images, questions, None, compressor, kept, seeds, draws)
+            run = self._passes.decoder(decoding, asked)
+            session = run.branches[0].session
+            ids = self._passes.decode(run, max_new_tokens)
+        else:
+            if compressor is not None:
+                family = self._passes.family
+                session = compress(family.model, compressor, family=family, kept=kept, seeds=seeds)
+            with torch.no_grad():
+                ids = self._passes.generate(images, questions, session, max_new_tokens, compressor)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts = tuple(text.strip() for text in texts)
         generated = tuple(self._passes.until_end(ids).sum(1).tolist())
@@ -200,6 +213,8 @@ class LVLM:
         *,
         compressor: Compressor | None = None,
         seeds: Sequence[int] | None = None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """How likely each option is as the whole answer, end token included.
 
@@ -209,12 +224,16 @@ class LVLM:
             options: answers to compare; the same for all samples.
             compressor: what drops visual tokens; None for none.
             seeds: one per sample, for compressors that draw.
+            decoding: the method by whose distribution; None is the model's own.
+            draws: one per sample, for a method that draws.
 
         Returns:
             Log-probabilities ``[B, options]``.
         """
         with torch.no_grad():
-            return self._passes.option_scores(images, questions, options, compressor, seeds)
+            return self._passes.option_scores(
+                images, questions, options, compressor, seeds, decoding, draws
+            )
 
     def answer_logprob(
         self,
@@ -225,6 +244,8 @@ class LVLM:
         compressor: Compressor | None = None,
         kept: Forced = None,
         seeds: Sequence[int] | None = None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Log-probability of an answer to each question, end token included, ``[B]``.
 
@@ -235,9 +256,13 @@ class LVLM:
             compressor: what drops visual tokens; None for none.
             kept: a selection to impose, as in `answer`.
             seeds: one per sample, for compressors that draw.
+            decoding: the method by whose distribution; None is the model's own.
+            draws: one per sample, for a method that draws.
         """
         with torch.no_grad():
-            return self._passes.answer_logprob(images, questions, answers, compressor, kept, seeds)
+            return self._passes.answer_logprob(
+                images, questions, answers, compressor, kept, seeds, decoding, draws
+            )
 
     def measure(
         self,

@@ -25,6 +25,10 @@ from targets.compression.base import Compressor, Stage
 from targets.compression.pipeline import parts_of
 from targets.compression.session import CompressionSession, Mode, RankingReached, compress
 from targets.compression.trace import Forced
+from targets.decoding.assembly import Asked, assemble
+from targets.decoding.base import Decoding
+from targets.decoding.run import DecodingRun
+from targets.decoding.search import Ends
 from targets.errors import TargetError
 from targets.families.base import Family
 from targets.families.vision import VisionPass
@@ -156,6 +160,8 @@ class Passes:
         seeds: Sequence[int] | None = None,
         relax: float | None = None,
         kept: Forced = None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> tuple[Tensor, Dialogue]:
         """Teacher-forced log-probabilities ``[B, A, vocabulary]`` and the tokens they are for.
 
@@ -167,8 +173,14 @@ class Passes:
             seeds: one per sample.
             relax: see `targets.compression.session.compress`.
             kept: see there.
+            decoding: a method whose distribution is wanted; None for the model's own.
+            draws: one per sample, for a method that draws.
         """
         _one_each(images, questions)
+        if decoding is not None:
+            asked = Asked(images, questions, answers, compressor, kept, seeds, draws, relax)
+            run = assemble(self, decoding, asked)
+            return run.forced(), run.dialogue
         inputs, layout, size = self.inputs(images, compressor)
         talk = self.prompts.dialogue(questions, answers, layout, size)
         if compressor is None:
@@ -185,10 +197,19 @@ class Passes:
         compressor: Compressor | None,
         kept: Forced,
         seeds: Sequence[int] | None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Log-probability of each whole answer, ``[B]``."""
         logprobs, talk = self.answer_logprobs(
-            images, questions, answers, compressor, seeds=seeds, kept=kept
+            images,
+            questions,
+            answers,
+            compressor,
+            seeds=seeds,
+            kept=kept,
+            decoding=decoding,
+            draws=draws,
         )
         return _of_targets(logprobs, talk)
 
@@ -200,10 +221,14 @@ class Passes:
         compressor: Compressor | None = None,
         *,
         straight_through: bool = False,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Mean negative log-likelihood of the answer's tokens, ``[B]``."""
         relax = RELAX if straight_through and compressor is not None else None
-        logprobs, talk = self.answer_logprobs(images, questions, answers, compressor, relax=relax)
+        logprobs, talk = self.answer_logprobs(
+            images, questions, answers, compressor, relax=relax, decoding=decoding, draws=draws
+        )
         return -_of_targets(logprobs, talk) / talk.real.sum(1)
 
     def full_and_rank(
@@ -212,14 +237,20 @@ class Passes:
         questions: Sequence[str],
         answers: Sequence[str],
         compressor: Compressor,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> tuple[Tensor, Dialogue, Ranking]:
         """`answer_logprobs` with all tokens and `rank`, from one forward pass.
 
-        Two, where a compressor works inside the vision tower: its ranking needs another tower.
+        Two, where a compressor works inside the vision tower (its ranking needs another tower), and
+        where the model decodes in some way.
         """
         _one_each(images, questions)
-        if any(one.stage is Stage.TOWER for one in parts_of(compressor)):
-            logprobs, talk = self.answer_logprobs(images, questions, answers)
+        inside = any(one.stage is Stage.TOWER for one in parts_of(compressor))
+        if inside or decoding is not None:
+            logprobs, talk = self.answer_logprobs(
+                images, questions, answers, decoding=decoding, draws=draws
+            )
             return logprobs, talk, self.rank(images, questions, compressor)
         inputs, layout, size = self.inputs(images)
         talk = self.prompts.dialogue(questions, answers, layout, size)
@@ -236,16 +267,23 @@ class Passes:
         compressor: Compressor,
         *,
         full_gradient: bool = True,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> PathMargins:
         """Margins with all tokens and compressed; see `targets.base.WhiteBoxView`.
 
-        The paths share the vision tower, unless the compressor changes what it sees or does.
+        The paths share the vision tower, unless the compressor changes what it sees or does, or the
+        model decodes in some way.
         """
         _one_each(images, questions)
-        if any(one.stage in (Stage.PIXELS, Stage.TOWER) for one in parts_of(compressor)):
+        apart = any(one.stage in (Stage.PIXELS, Stage.TOWER) for one in parts_of(compressor))
+        if apart or decoding is not None:
+            how: dict[str, Any] = {"decoding": decoding, "draws": draws}
             with torch.set_grad_enabled(full_gradient and torch.is_grad_enabled()):
-                full = answer_margin(*self.answer_logprobs(images, questions, answers))
-            through = self.answer_logprobs(images, questions, answers, compressor, relax=RELAX)
+                full = answer_margin(*self.answer_logprobs(images, questions, answers, **how))
+            through = self.answer_logprobs(
+                images, questions, answers, compressor, relax=RELAX, **how
+            )
             return PathMargins(full, answer_margin(*through))
         inputs, layout, size = self.inputs(images)
         talk = self.prompts.dialogue(questions, answers, layout, size)
@@ -268,6 +306,8 @@ class Passes:
         options: Sequence[str],
         compressor: Compressor | None,
         seeds: Sequence[int] | None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Log-probability of each option as the whole answer, ``[B, options]``."""
         if not options:
@@ -276,7 +316,13 @@ class Passes:
         for option in options:
             answers = (option,) * len(questions)
             logprobs, talk = self.answer_logprobs(
-                images, questions, answers, compressor, seeds=seeds
+                images,
+                questions,
+                answers,
+                compressor,
+                seeds=seeds,
+                decoding=decoding,
+                draws=draws,
             )
             columns.append(_of_targets(logprobs, talk))
         return torch.stack(columns, 1)
@@ -289,6 +335,8 @@ class Passes:
         compressor: Compressor | None = None,
         *,
         straight_through: bool = False,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """Log-probability of each sample's own options, live; see `targets.base.WhiteBoxView`."""
         counts = {len(one) for one in options}
@@ -303,7 +351,7 @@ class Passes:
         whole: list[Tensor] = []
         for column in columns:
             logprobs, talk = self.answer_logprobs(
-                images, questions, column, compressor, relax=relax
+                images, questions, column, compressor, relax=relax, decoding=decoding, draws=draws
             )
             if not whole:
                 short = logprobs[:, 0].gather(1, first)
@@ -383,17 +431,32 @@ class Passes:
 
         return _inside(session, run)
 
+    def decoder(self, method: Decoding, asked: Asked) -> DecodingRun:
+        """A method about to answer; see `decode`."""
+        _one_each(asked.images, asked.questions)
+        return assemble(self, method, asked)
+
+    def decode(self, run: DecodingRun, max_new_tokens: int) -> Tensor:
+        """Answers of a decoding method as ids ``[B, ≤ max_new_tokens]``."""
+        return run.generate(Ends(tuple(sorted(self.ends)), self.prompts.pad, max_new_tokens))
+
     def continuation(
         self,
         images: Tensor,
         questions: Sequence[str],
         length: int,
         compressor: Compressor | None = None,
+        decoding: Decoding | None = None,
+        draws: Sequence[int] | None = None,
     ) -> Continuation:
-        """What the model says greedily, at most `length` tokens of it."""
-        session = None if compressor is None else self._session(compressor, "hard", None)
-        with torch.no_grad():
-            ids = self.generate(images, questions, session, length, compressor)
+        """What the model says greedily, or as it decodes, at most `length` tokens of it."""
+        if decoding is None:
+            session = None if compressor is None else self._session(compressor, "hard", None)
+            with torch.no_grad():
+                ids = self.generate(images, questions, session, length, compressor)
+        else:
+            asked = Asked(images, questions, compressor=compressor, draws=draws)
+            ids = self.decode(self.decoder(decoding, asked), length)
         real = self.until_end(ids)
         # The model may say its own placeholder for pictures; what follows that cannot be forced.
         holder = (ids == self.family.image_token_id).long()

@@ -114,6 +114,48 @@ class CompressionSession:
             return labels
         return labels.gather(1, last.index).masked_fill(last.mask == 0, -100)
 
+    def columns(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """What the columns of a layer are, in the prefill that runs or ran last.
+
+        Args:
+            layer: one that has been reached.
+
+        Returns:
+            Living visual columns and all living ones, bool ``[B, n]``, and the first layer that has
+            these columns.
+        """
+        if self._running is None:
+            raise CompressionError("the language model has not run inside this session")
+        group = self._running.group(layer)
+        live = group.mask.bool()
+        if group.slots is None:
+            return torch.zeros_like(live), live, group.start
+        rows, length = live.shape
+        alive = group.slots.spread(group.slots.alive.long(), length, rows).bool()
+        return alive & live, live, group.start
+
+    def select(self, rows: Tensor) -> None:
+        """Go on decoding with some rows of the batch, in this order, as the cache does.
+
+        Args:
+            rows: long ``[n]``; rows may be left out or repeated.
+        """
+
+        def picked(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        self._groups = {
+            start: Group(
+                group.start,
+                group.mask[rows],
+                picked(group.index),
+                picked(group.shift),
+                inside=group.inside,
+            )
+            for start, group in self._groups.items()
+        }
+        self._last = picked(self._last)
+
     def _make_tap(self) -> VisionTap | None:
         if not any(one.sees_tower and one.stage is not Stage.TOWER for one in self._parts):
             return None

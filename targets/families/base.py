@@ -238,6 +238,7 @@ class Family(ABC):
         encoded: Any,  # noqa: ANN401 - of transformers
         inputs: dict[str, Tensor],
         answers: int = 0,
+        cache: Any = None,  # noqa: ANN401 - a cache of transformers
     ) -> Tensor:
         """Last hidden states ``[B, n, D]`` of prompts whose images are already encoded.
 
@@ -247,13 +248,15 @@ class Family(ABC):
             encoded: from `encoded`; None for prompts without images.
             inputs: what the images were encoded from.
             answers: trailing columns that are answers.
+            cache: an empty one to fill; None keeps nothing.
         """
         sizes = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
         output = self.core(
             input_ids=ids,
             attention_mask=mask,
             mm_encoder_outputs=None if encoded is None else {"image": encoded},
-            use_cache=False,
+            use_cache=cache is not None,
+            **({} if cache is None else {cache_name(): cache}),
             **self.positions(mask),
             **sizes,
             **self.extras(ids, mask, answers),
@@ -264,6 +267,36 @@ class Family(ABC):
     def positions(self, mask: Tensor) -> dict[str, Tensor]:
         """Position ids of left-padded prompts, as an argument of ``forward``; {} if it counts."""
         return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+    def step(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:  # noqa: ANN401
+        """Last hidden states ``[B, 1, D]`` of one more token of each row.
+
+        Args:
+            tokens: ``[B, 1]``.
+            mask: ``[B, L]`` of all tokens so far, these included.
+            positions: ``[B, 1]`` their position ids, the same on all axes.
+            cache: of everything before.
+        """
+        output = self.core(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{cache_name(): cache},
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def prompt_state(self) -> object:
+        """What the adapter remembers of the prompt prefilled last, for `resume`."""
+        return None
+
+    def resume(self, state: object) -> None:  # noqa: B027 - most adapters remember nothing
+        """Go on decoding an earlier prompt, after others have been prefilled.
+
+        Args:
+            state: what `prompt_state` said after its prefill.
+        """
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden states, as the model makes them."""

@@ -139,6 +139,14 @@ class GemmaFamily(Family):
 
     # Language model -----------------------------------------------------------------------------
 
+    def prompt_state(self) -> object:
+        """Columns of the uncut prompt, by which the window slides."""
+        return self._columns
+
+    def resume(self, state: object) -> None:
+        """Slide by an earlier prompt again."""
+        self._columns = state if isinstance(state, int) else None
+
     def layer_type(self, layer: int) -> str:
         """``full_attention`` or ``sliding_attention``."""
         types = getattr(self.text.config, "layer_types", None)

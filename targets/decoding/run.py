@@ -1,0 +1,104 @@
+"""Run a decoding method: its branches side by side, token by token or all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from targets.compression.scoring import precise
+from targets.decoding.base import Decoding, Step
+from targets.decoding.branch import Branch, Reading
+from targets.decoding.search import Ends, beams, greedy
+from targets.errors import TargetError
+from targets.families.base import Family
+from targets.prompts import Dialogue
+
+
+@dataclass(slots=True)
+class DecodingRun:
+    """A method at work on one batch.
+
+    Attributes:
+        method: the rule.
+        family: the model's adapter.
+        branches: the main pass first, then one for each view.
+        seeds: one for each sample.
+    """
+
+    method: Decoding
+    family: Family
+    branches: Sequence[Branch]
+    seeds: tuple[int, ...]
+    _rows: tuple[int, ...] = field(init=False)
+    _said: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin with one row a sample."""
+        self._rows = tuple(range(len(self.seeds)))
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """The prompts with the answers that are scored.
+
+        Raises:
+            TargetError: where answers are generated.
+        """
+        prompt = self.branches[0].prompt
+        if not isinstance(prompt, Dialogue):
+            raise TargetError("this run was given no answers to score")
+        return prompt
+
+    def generate(self, ends: Ends) -> Tensor:
+        """Answers as ids ``[B, ≤ most]``, padded at the right."""
+        with torch.no_grad():
+            if self.method.beams == 1:
+                return greedy(self._start, self._advance, ends)
+            method = self.method
+            return beams(
+                self._start,
+                self._advance,
+                self._select,
+                ends,
+                method.beams,
+                method.length_penalty,
+            )
+
+    def forced(self) -> Tensor:
+        """Log-probabilities ``[B, A, vocabulary]`` of the answers behind the prompts, live."""
+        logits = self._logits([branch.forced() for branch in self.branches])
+        return logits.float().log_softmax(-1)
+
+    def _start(self) -> Tensor:
+        return self._logits([branch.start() for branch in self.branches])[:, -1]
+
+    def _advance(self, tokens: Tensor) -> Tensor:
+        self._said += 1
+        return self._logits([branch.step(tokens) for branch in self.branches])[:, -1]
+
+    def _select(self, rows: Tensor) -> None:
+        for branch in self.branches:
+            branch.select(rows)
+        self._rows = tuple(self._rows[row] for row in rows.tolist())
+
+    def _logits(self, readings: Sequence[Reading]) -> Tensor:
+        main = self.branches[0]
+        logits = [self._head(one.hidden) for one in readings]
+        wanted = self.method.depths(len(self.family.layers))
+        return self.method.logits(
+            Step(
+                logits=logits[0],
+                views=tuple(logits[1:]),
+                first=self._said,
+                hidden={depth: readings[0].depths[depth] for depth in wanted},
+                entered=main.entered,
+                visual=main.visual,
+                head=self._head,
+                seeds=tuple(self.seeds[row] for row in self._rows),
+            )
+        )
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return precise(self.family.logits(hidden))
