@@ -65,6 +65,8 @@ class MeteredView:
         self.knowledge = knowledge
         self._view = view
         self._meter = meter
+        # A defence inside the view may look several times at each picture.
+        self._passes: int = getattr(view, "passes", 1)
         if knowledge is Knowledge.SURROGATE:
             self.surrogates: tuple[Surrogate, ...] = tuple(map(self._metered, view.surrogates))
 
@@ -98,7 +100,7 @@ class MeteredView:
         if call in _QUERIES:
             self._meter.queries += len(images)
             return images
-        passes = 2 if call in _TWICE else 1
+        passes = (2 if call in _TWICE else 1) * self._passes
         self._meter.forwards += passes * len(images)
         if not images.requires_grad:
             return images

@@ -81,6 +81,12 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
     },
     "defenses": {
         "none": "redteam.loaders:Undefended",
+        "translation_consensus": "defenses.translation_consensus:TranslationConsensus",
+        "score_smoothing": "defenses.score_smoothing:ScoreSmoothing",
+        "rank_fusion": "defenses.rank_fusion:RankFusion",
+        "hybrid": "defenses.hybrid:Hybrid",
+        "random_floor": "defenses.random_floor:RandomFloor",
+        "oracle": "defenses.oracle:Oracle",
     },
     "datasets": {
         "scenes": "redteam.datasets.scenes:Scenes",
