@@ -87,6 +87,10 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "hybrid": "defenses.hybrid:Hybrid",
         "random_floor": "defenses.random_floor:RandomFloor",
         "oracle": "defenses.oracle:Oracle",
+        "resize_pad": "defenses.resize_pad:ResizePad",
+        "art.JpegCompression": "defenses.art_preprocessors:JpegCompression",
+        "art.FeatureSqueezing": "defenses.art_preprocessors:FeatureSqueezing",
+        "art.SpatialSmoothing": "defenses.art_preprocessors:SpatialSmoothing",
     },
     "datasets": {
         "scenes": "redteam.datasets.scenes:Scenes",
