@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from attacks import Attack, Budget, Descent, Proposal, SeedBank, descend
-    from defenses import AdaptiveRoute, InputDefense
+    from defenses import AdaptiveRoute, InputDefense, SelectionDefense
     from redteam.datasets.base import Dataset, Sample
     from redteam.scenario import Scenario, load_scenario
     from targets.base import Batch, Knowledge
@@ -32,6 +32,7 @@ _HOMES: Final = {
     "Sample": "redteam.datasets.base",
     "Scenario": "redteam.scenario",
     "SeedBank": "attacks",
+    "SelectionDefense": "defenses",
     "descend": "attacks",
     "load_scenario": "redteam.scenario",
 }
@@ -50,6 +51,7 @@ __all__ = [
     "Sample",
     "Scenario",
     "SeedBank",
+    "SelectionDefense",
     "__version__",
     "descend",
     "load_scenario",
