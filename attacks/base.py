@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -136,6 +136,19 @@ class Attack(ABC):
     def gradients(self, budget: Budget) -> int:
         """Most gradients it takes for one sample within a budget."""
         return budget.steps * budget.restarts * self.gradients_per_step
+
+    def against(self, defense: str, options: Mapping[str, object]) -> Attack | None:
+        """This attack in the form its authors give it against a defence.
+
+        Args:
+            defense: name of the defence.
+            options: its options.
+
+        Returns:
+            An attack that needs no defended view; None to go through the defence as it is.
+        """
+        del defense, options
+        return None
 
     def idle(self, compressor: Compressor) -> str | None:
         """Why it cannot do anything about a compressor; None if it can. See `sometimes_idle`."""

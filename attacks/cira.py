@@ -7,6 +7,7 @@ the features of tokens that lose their place are preserved, so that the uncompre
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -96,6 +97,13 @@ class CIRA(EncoderAttack):
     def gradients_per_step(self) -> int:
         """One for each shifted picture."""
         return 4 if self.views == "translations" else 1
+
+    def against(self, defense: str, options: Mapping[str, object]) -> CIRA | None:
+        """The published adaptive form against translation consensus with its public views."""
+        shift = options.get("shift")
+        if defense != "translation_consensus" or options.get("views") != "public" or shift == 0:
+            return None
+        return replace(self, views="translations", shift=shift if type(shift) is int else None)
 
     def propose(self, view: EncoderView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Rank the clean images once, then climb."""

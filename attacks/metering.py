@@ -63,7 +63,8 @@ class MeteredView:
                 f"{view.knowledge.value!r}; ask the target for target.view({knowledge.value!r}, …)"
             )
         self.knowledge = knowledge
-        counter = _Counter(meter)
+        # A defence inside the view may look several times at each picture.
+        counter = _Counter(meter, getattr(view, "passes", 1))
         for name, needed in CALLS.items():
             if includes(knowledge, needed) and hasattr(view, name):
                 self.__dict__[name] = Sealed(counter.counted(name, view))
@@ -78,9 +79,15 @@ class MeteredView:
 
 @dataclass(frozen=True, slots=True)
 class _Counter:
-    """Counts what goes through the calls of a view."""
+    """Counts what goes through the calls of a view.
+
+    Attributes:
+        meter: receives the counts.
+        looks: passes of a picture for each that an attack makes.
+    """
 
     meter: Meter
+    looks: int = 1
 
     def counted(self, name: str, view: Any) -> Callable[..., Any]:  # noqa: ANN401 - any view
         """A call of a view that counts its images first."""
@@ -108,7 +115,7 @@ class _Counter:
         if call in _QUERIES:
             self.meter.queries += len(images)
             return images
-        self.meter.forwards += passes * len(images)
+        self.meter.forwards += passes * self.looks * len(images)
         return self._watched(images, passes)
 
     def _both(
@@ -119,7 +126,7 @@ class _Counter:
         **kwargs: Any,  # noqa: ANN401
     ) -> PathMargins:
         """A call that looks at both paths; gradients are counted where they enter each of them."""
-        self.meter.forwards += 2 * len(images)
+        self.meter.forwards += 2 * self.looks * len(images)
         found = call(images, *args, **kwargs)
         return PathMargins(self._watched(found.full), self._watched(found.compressed))
 
@@ -128,7 +135,7 @@ class _Counter:
         if not values.requires_grad:
             return values
         alias = values.view_as(values)  # a hook on `values` itself would fire for every pass
-        hook = functools.partial(self._count_backward, passes)
+        hook = functools.partial(self._count_backward, passes * self.looks)
         alias.register_hook(hook)  # type: ignore[no-untyped-call]
         return alias
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DefenseKind,
         InputDefense,
     )
+    from defenses.selection import SelectionDefense
 
 __all__ = [
     "UNVERIFIED",
@@ -26,11 +27,13 @@ __all__ = [
     "DefenseError",
     "DefenseKind",
     "InputDefense",
+    "SelectionDefense",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        found: object = getattr(import_module("defenses.base"), name)
+        home = "defenses.selection" if name == "SelectionDefense" else "defenses.base"
+        found: object = getattr(import_module(home), name)
         return found
     raise AttributeError(f"module 'defenses' has no attribute {name!r}")

@@ -91,9 +91,19 @@ class Defense(ABC):
             )
 
     @property
+    def route(self) -> AdaptiveRoute:
+        """The route through this configuration; differs from `adaptive` where an option decides."""
+        return self.adaptive
+
+    @property
+    def draws(self) -> bool:
+        """Whether this configuration is random; differs from `stochastic` likewise."""
+        return self.stochastic
+
+    @property
     def verifiable(self) -> bool:
         """Whether an adaptive attack can be run against it at all."""
-        return self.adaptive is not AdaptiveRoute.NONE
+        return self.route is not AdaptiveRoute.NONE
 
     @property
     def badge(self) -> str | None:

@@ -10,7 +10,7 @@ from annotated_types import BaseMetadata, Ge, Gt, Interval, Le, Lt
 from torch import Tensor
 
 from defenses.base import Defense, DefenseError, DefenseKind
-from targets.decoding import Decoding
+from targets.decoding.base import Decoding
 
 OFF = 1.0e3
 """How far below the rest an implausible token is put, in nats: its probability is 0 in float32.

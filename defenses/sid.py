@@ -54,7 +54,7 @@ class SID(DecodingDefense):
     alpha: Annotated[float, Ge(0)] = 1.0
     cutoff: Annotated[float, Interval(ge=0, le=1)] = 0.1
     layer: Annotated[int, Ge(1)] = 2
-    retention: Annotated[float, Interval(gt=0, le=1)] = 100 / 576
+    retention: Annotated[float, Interval(gt=0, le=1)] = 0.1736  # 100 of 576
 
     def views(self) -> tuple[View, ...]:
         """The least attended tokens."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from attacks import Attack, AttackError, Budget, Descent, Proposal, SeedBank, descend
-    from defenses import AdaptiveRoute, InputDefense
+    from defenses import AdaptiveRoute, InputDefense, SelectionDefense
     from redteam.datasets.base import Dataset, Sample
     from redteam.scenario import Scenario, load_scenario
     from targets.base import (
@@ -46,6 +46,7 @@ _HOMES: Final = {
     "Scenario": "redteam.scenario",
     "ScoreView": "targets.base",
     "SeedBank": "attacks",
+    "SelectionDefense": "defenses",
     "SurrogateView": "targets.base",
     "WhiteBoxView": "targets.base",
     "descend": "attacks",
@@ -71,6 +72,7 @@ __all__ = [
     "Scenario",
     "ScoreView",
     "SeedBank",
+    "SelectionDefense",
     "SurrogateView",
     "WhiteBoxView",
     "__version__",

@@ -20,6 +20,10 @@ _NEEDS: Final[Mapping[str, frozenset[str]]] = {
 """What a target must be capable of for an attack with this knowledge."""
 
 
+_RUNS: Final = ("none", "input", "selection", "decoding")
+"""Kinds of defences that this version runs."""
+
+
 def mismatches(scenario: Scenario) -> list[Problem]:
     """What cannot work together, one problem for each pair."""
     found: list[Problem] = []
@@ -39,22 +43,76 @@ def mismatches(scenario: Scenario) -> list[Problem]:
             found += _attack_on(attack, target, offered, scenario)
     for defense in scenario.defenses:
         kind = defense.signature.facts.get("kind", "input")
-        if kind not in ("none", "input"):
+        if kind not in _RUNS:
             found.append(
                 defense.problem(
-                    f"defence {defense.label!r} is of kind {kind!r}; this version runs defences "
-                    "of kind input"
+                    f"defence {defense.label!r} is of kind {kind!r}, which this version does not "
+                    "run",
+                    allowed=f"defences of kinds {', '.join(_RUNS[1:])}",
+                )
+            )
+    if found:
+        return found  # what follows constructs the methods
+    return [*_unprotected(scenario), *_not_adaptive(scenario)]
+
+
+def _unprotected(scenario: Scenario) -> list[Problem]:
+    """Selection defences and the compressors they have no meaning for."""
+    found: list[Problem] = []
+    for defense in scenario.defenses:
+        if defense.signature.facts.get("kind") != "selection":
+            continue
+        guard = defense.create()
+        for compression in scenario.compressions:
+            reason = guard.refuses(compression.create())
+            if reason is not None:
+                found.append(
+                    defense.problem(
+                        f"defence {defense.label!r} does not go with compression "
+                        f"{compression.label!r}: {reason}",
+                        hint="put them into scenarios of their own",
+                    )
+                )
+    return found
+
+
+def _not_adaptive(scenario: Scenario) -> list[Problem]:
+    """Adaptive attacks that have nothing to adapt to, or no way to."""
+    from redteam.adaptive import NONE, knowledge_obstacle, obstacle
+
+    found: list[Problem] = []
+    guards = [one for one in scenario.defenses if one.type != NONE]
+    for attack in scenario.attacks:
+        if not attack.adaptive:
+            continue
+        why = knowledge_obstacle(attack)
+        if why is None and not guards:
+            why = "the scenario lists no defence"
+        if why is None:
+            reasons = [obstacle(attack, one) for one in guards]
+            if all(reasons):
+                pairs = zip(guards, reasons, strict=True)
+                why = "; ".join(f"{one.label}: {reason}" for one, reason in pairs)
+        if why is not None:
+            found.append(
+                attack.problem(
+                    f"attack {attack.label!r} cannot adapt: {why}",
+                    hint="drop adaptive: true, or list a defence it can go through",
                 )
             )
     return found
 
 
 def cautions(scenario: Scenario) -> tuple[str, ...]:
-    """What can run but not do anything, one sentence for each attack and compression.
+    """What can run but not do anything, or is not run, one sentence each.
 
-    Imports only attacks that say of themselves that they are sometimes idle, and with them torch.
+    Imports attacks that say of themselves that they are sometimes idle, and adaptive ones with the
+    defences, and with them torch.
     """
-    return tuple(
+    from redteam.adaptive import omitted
+
+    left_out = omitted(scenario) if any(one.adaptive for one in scenario.attacks) else ()
+    return left_out + tuple(
         f"attack {attack.label} leaves all pictures as they are against {compression.label}: {why}."
         for attack in scenario.attacks
         if attack.signature.facts.get("sometimes_idle")

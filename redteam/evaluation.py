@@ -18,7 +18,8 @@ from redteam.scenario import Method, digest
 from reports.records import Answer
 
 if TYPE_CHECKING:
-    from targets.compression.base import Selection
+    from targets.compression.base import Compressor, Selection
+    from targets.decoding import Decoding
     from targets.lvlm import LVLM, Answered
 
 Item = TypeVar("Item")
@@ -94,6 +95,7 @@ class Asker:
         self.max_new_tokens = max_new_tokens
         self._seed = seed
         self._methods: dict[tuple[str, str], Any] = {}
+        self._protected: dict[tuple[str, str], Compressor] = {}
         self._places: dict[tuple[int, int], Places] = {}
 
     def instance(self, method: Method) -> Any:  # noqa: ANN401 - an instance of any method
@@ -131,7 +133,7 @@ class Asker:
         Args:
             shots: by index.
             compression: None for all visual tokens.
-            defense: in front of the model.
+            defense: in front of the model, in the compressor, or in how answers are decoded.
             where: what is being done, for the record of errors.
             forced: selections to impose instead of the compressor's own, by index.
         """
@@ -152,21 +154,62 @@ class Asker:
         forced: Sequence[Selection] | None,
     ) -> Answered:
         images = self.images(shots)
-        if defense.type != "none":
+        if self._kind(defense) == "input":
             seeds = self._seeds(defense, shots)
             images = self.instance(defense)(images, seeds)
         questions = [shot.sample.question for shot in shots]
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        decoding = self.decoding(defense)
+        if decoding is not None:
+            how |= {"decoding": decoding, "draws": self._seeds(defense, shots)}
         if compression is None:
-            return self.model.answer(images, questions, max_new_tokens=self.max_new_tokens)
+            return self.model.answer(images, questions, **how)
         return self.model.answer(
             images,
             questions,
-            compressor=self.instance(compression),
+            compressor=self.compressor(compression, defense),
             kept=forced,
             # A compressor that draws draws the same for the clean and the attacked image.
             seeds=self._seeds(compression, shots),
-            max_new_tokens=self.max_new_tokens,
+            **how,
         )
+
+    def compressor(self, compression: Method, defense: Method) -> Compressor:
+        """The compressor as it is deployed: with a selection defence in it."""
+        plain: Compressor = self.instance(compression)
+        if self._kind(defense) != "selection":
+            return plain
+        key = (compression.label, defense.label)
+        if key not in self._protected:
+            # Its draws are not those of the compressor, nor any an attacker can know.
+            salt = seed_of(self._seed, digest(defense.spec)[:12], "salt")
+            self._protected[key] = self.instance(defense).protect(plain, salt)
+        return self._protected[key]
+
+    def decoding(self, defense: Method) -> Decoding | None:
+        """How answers are decoded under a defence; None for the model's own way."""
+        if self._kind(defense) != "decoding":
+            return None
+        found: Decoding = self.instance(defense)
+        return found
+
+    def acts(self, defense: Method, *, compressed: bool) -> bool:
+        """Whether a defence changes anything on a path; one of the selection is in the compressor.
+
+        Args:
+            defense: any, `none` too.
+            compressed: which path.
+        """
+        kind = self._kind(defense)
+        return kind != "none" and (compressed or kind != "selection")
+
+    def imposes_clean(self, defense: Method) -> bool:
+        """Whether the clean picture's selection is imposed on the attacked one."""
+        return self._kind(defense) == "selection" and bool(self.instance(defense).clean_ranking)
+
+    @staticmethod
+    def _kind(defense: Method) -> str:
+        return str(defense.signature.facts.get("kind", "input"))
 
     def _seeds(self, method: Method, shots: Iterable[Shot]) -> list[int]:
         what = digest(method.spec)[:12]

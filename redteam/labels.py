@@ -10,7 +10,9 @@ from redteam.findings import Findings
 from redteam.validation import Raw
 
 UNVERIFIED: Final = "unverified"
-"""Part of every defence's label while attacks do not adapt to defences."""
+"""Part of the label of a defence that no attack of the scenario adapts to."""
+ADAPTIVE: Final = "adaptive"
+"""Part of the label of an attack that adapts to defences."""
 
 
 def assign_labels(methods: Sequence[Raw], findings: Findings) -> list[str]:
@@ -19,7 +21,7 @@ def assign_labels(methods: Sequence[Raw], findings: Findings) -> list[str]:
     A name the user gave is taken as it is. Otherwise the type, with what compressors are known by
     (layer and budget); methods that would share a label add the options in which they differ.
     """
-    labels = [method.name or short(method.kind, method.type, method.options) for method in methods]
+    labels = [method.name or _own(method) for method in methods]
     for label in set(labels):
         group = [i for i, other in enumerate(labels) if other == label and not methods[i].name]
         if len(group) > 1:
@@ -35,6 +37,16 @@ def assign_labels(methods: Sequence[Raw], findings: Findings) -> list[str]:
                 hint="give another name" if named else "remove one, or give it a name",
             )
     return labels
+
+
+def without_mark(label: str) -> str:
+    """The label of a defence that an attack of the scenario adapts to."""
+    return label.replace(f" ({UNVERIFIED})", "")
+
+
+def _own(method: Raw) -> str:
+    label = short(method.kind, method.type, method.options)
+    return f"{label} {ADAPTIVE}" if method.adaptive else label
 
 
 def short(kind: str, name: str, options: Mapping[str, Any]) -> str:
@@ -72,9 +84,14 @@ def _differences(methods: Sequence[Raw]) -> list[str]:
         if any(method.options[key] != methods[0].options[key] for method in methods)
     ]
     found = [" ".join(_option(key, method.options) for key in keys) for method in methods]
-    if any(method.epsilons != methods[0].epsilons for method in methods) and not keys:
+    if any(_beside(method) != _beside(methods[0]) for method in methods) and not keys:
         return [f"({index + 1})" for index in range(len(methods))]
     return found
+
+
+def _beside(method: Raw) -> tuple[object, ...]:
+    """What tells methods apart beside their options."""
+    return method.epsilons, method.draws
 
 
 def _option(key: str, options: Mapping[str, Any]) -> str:

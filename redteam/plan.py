@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from redteam.adaptive import adapt, met
 from redteam.capabilities import mismatches
 from redteam.errors import ScenarioError
 from redteam.scenario import Method, Scenario, digest
@@ -44,6 +45,7 @@ class ImageGroup:
         cells: what is evaluated on the images.
         queries: most questions to the target about one sample.
         surrogates: models the attack works on instead of the target.
+        defense: the defence an adaptive attack knows; None for all others.
     """
 
     id: str
@@ -55,6 +57,7 @@ class ImageGroup:
     cells: tuple[PlannedCell, ...]
     queries: int = 0
     surrogates: tuple[Method, ...] = ()
+    defense: Method | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,12 @@ class _Traits:
     queries: int
 
 
-def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: ANN401
+def _traits(
+    attack: Method,
+    instance: Any,  # noqa: ANN401 - an attack
+    epsilon: float,
+    passes: int,
+) -> _Traits:
     try:
         budget = instance.budget(epsilon)
     except Exception as error:
@@ -177,15 +185,34 @@ def _traits(attack: Method, instance: Any, epsilon: float) -> _Traits:  # noqa: 
         needs=instance.needs.value,
         knows_compression=bool(instance.knows_compression),
         norm=budget.norm,
-        gradients=instance.gradients(budget),
+        gradients=instance.gradients(budget) * passes,
         queries=budget.queries,
     )
 
 
 def _groups(scenario: Scenario, target: Method, attack: Method) -> Iterator[ImageGroup]:
-    instance = attack.create()
+    """The image groups of one attack: those of an adaptive one belong to one defence each."""
+    if not attack.adaptive:
+        yield from _groups_of(scenario, target, attack, attack.create(), scenario.defenses)
+        return
+    own = attack.create()
+    for defense in met(scenario, attack):
+        adapted = adapt(attack, defense, own)
+        groups = _groups_of(scenario, target, attack, adapted.attack, [defense], adapted.passes)
+        for group in groups:
+            yield replace(group, defense=defense)
+
+
+def _groups_of(
+    scenario: Scenario,
+    target: Method,
+    attack: Method,
+    instance: Any,  # noqa: ANN401 - an attack
+    defenses: Sequence[Method],
+    passes: int = 1,
+) -> Iterator[ImageGroup]:
     for epsilon in attack.epsilons:
-        traits = _traits(attack, instance, epsilon)
+        traits = _traits(attack, instance, epsilon, passes)
         shared: Sequence[Sequence[Method]] = [scenario.compressions]
         if traits.knows_compression:
             shared = [[compression] for compression in scenario.compressions]
@@ -198,6 +225,7 @@ def _groups(scenario: Scenario, target: Method, attack: Method) -> Iterator[Imag
                 "attack": attack.spec,
                 "epsilon": epsilon,
                 "compression": known.spec if known else None,
+                **({"defense": defenses[0].spec} if attack.adaptive else {}),
             }
             yield ImageGroup(
                 id=digest(made)[:12],
@@ -211,7 +239,7 @@ def _groups(scenario: Scenario, target: Method, attack: Method) -> Iterator[Imag
                 cells=tuple(
                     _cell(target, compression, attack, defense, epsilon, traits, others)
                     for compression in compressions
-                    for defense in scenario.defenses
+                    for defense in defenses
                 ),
             )
 

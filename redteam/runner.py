@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from redteam import provenance
+from redteam.adaptive import verdicts
 from redteam.capabilities import cautions
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import without
@@ -119,15 +120,7 @@ def _screened(
 
 
 def _notes(scenario: Scenario) -> tuple[str, ...]:
-    names = ", ".join(one.label for one in scenario.defenses if one.type != "none")
-    idle = cautions(scenario)
-    if not names:
-        return idle
-    return (
-        f"attacks do not adapt to defences in this version, so results of {names} are "
-        "UNVERIFIED (upper bound).",
-        *idle,
-    )
+    return (*verdicts(scenario), *cautions(scenario))
 
 
 def make_manifest(plan: Plan, samples: Samples, made_with: dict[str, Any]) -> Manifest:

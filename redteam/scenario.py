@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,9 +20,10 @@ from redteam.document import Document, Location, override, read_document
 from redteam.errors import Problem, ScenarioError, nearest
 from redteam.findings import Findings, annotation_at, shown
 from redteam.gates import resolve_gates
-from redteam.labels import assign_labels
+from redteam.labels import assign_labels, without_mark
 from redteam.signature import Signature, signature
 from redteam.validation import (
+    DRAWS,
     PIPELINE,
     AnswerOptions,
     ChecksOptions,
@@ -57,6 +58,8 @@ class Method:
         place: ``file:line:column`` for messages.
         key: key path for messages.
         folder: the scenario's; relative paths start there.
+        adaptive: of an attack: whether it is run anew against each defence, which it knows.
+        draws: of a random defence in each of its calls.
     """
 
     kind: Kind
@@ -67,6 +70,8 @@ class Method:
     place: str = ""
     key: str = ""
     folder: Path = field(default_factory=Path)
+    adaptive: bool = False
+    draws: int = DRAWS
 
     @property
     def signature(self) -> Signature:
@@ -76,7 +81,8 @@ class Method:
     @property
     def spec(self) -> dict[str, Any]:
         """Type and options as plain JSON data; what ids and seeds are made of."""
-        plain: dict[str, Any] = json.loads(json.dumps({"type": self.type, **self.options}))
+        knows = {"adaptive": True, "draws": self.draws} if self.adaptive else {}
+        plain: dict[str, Any] = json.loads(json.dumps({"type": self.type, **self.options, **knows}))
         return plain
 
     def create(self) -> Any:  # noqa: ANN401 - an instance of any method
@@ -299,6 +305,8 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
     if header is not None:
         _check_epsilons(built["attacks"], default, methods["attacks"], findings)
         built["attacks"] += controls(built["attacks"])
+        if not findings.problems:
+            built["defenses"] = _marked(built["defenses"], built["attacks"])
     gates = resolve_gates(header.gates, built, findings) if header and not findings.problems else []
     if findings.problems or header is None or dataset is None:
         raise ScenarioError(findings.in_order())
@@ -320,6 +328,23 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
         text="".join(f"# --set {item}\n" for item in overrides) + document.text,
         overrides=overrides,
         surrogates=built["surrogates"],
+    )
+
+
+def _marked(defenses: Sequence[Method], attacks: Sequence[Method]) -> tuple[Method, ...]:
+    """Defences without the mark of what is unverified, where an attack adapts to them.
+
+    Asks the classes, so torch is imported where an attack of the scenario is adaptive.
+    """
+    if not any(attack.adaptive for attack in attacks):
+        return tuple(defenses)
+    from redteam.adaptive import meets
+
+    return tuple(
+        replace(one, label=without_mark(one.label))
+        if any(meets(attack, one) for attack in attacks)
+        else one
+        for one in defenses
     )
 
 
@@ -360,6 +385,8 @@ def _method(
         place=document.place(location),
         key=f"{location[0]}[{location[1]}]" if len(location) > 1 else str(location[0]),
         folder=folder,
+        adaptive=raw.adaptive,
+        draws=raw.draws,
     )
 
 

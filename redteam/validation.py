@@ -58,6 +58,8 @@ Label = Annotated[str, BeforeValidator(_label)]
 Items = Annotated[list[Any], Len(1)]
 
 
+DRAWS: Final = 20
+"""Draws of a random defence in each call of an adaptive attack, unless asked for others."""
 PIPELINE: Final = "pipeline"
 """Type of a compression that is a list of stages."""
 
@@ -135,6 +137,8 @@ class Raw:
         name: label the user gave; "" if none.
         epsilons: of its own; None to take the scenario's.
         location: in the document.
+        adaptive: of an attack: whether it is run anew against each defence, which it knows.
+        draws: of a random defence in each of its calls.
     """
 
     kind: Kind
@@ -143,11 +147,15 @@ class Raw:
     name: str
     epsilons: tuple[float, ...] | None
     location: Location
+    adaptive: bool = False
+    draws: int = DRAWS
 
 
 @lru_cache(maxsize=256)
 def options_model(entry: Entry) -> type[BaseModel]:
-    """The pydantic model of a method's options, and `type`, `name` and `epsilons` (attacks).
+    """The pydantic model of a method's options, and `type`, `name`; of attacks what is theirs too.
+
+    That is `epsilons`, `adaptive` and `draws`.
 
     Raises:
         CatalogError: if the options cannot be read.
@@ -158,6 +166,8 @@ def options_model(entry: Entry) -> type[BaseModel]:
         # An l2 radius has no upper end, so the range depends on an option; it is checked later.
         own = Annotated[list[Annotated[float, Ge(0), BeforeValidator(number)]], Len(1)]
         fields["epsilons"] = (own | None, None)
+        fields["adaptive"] = (bool, False)
+        fields["draws"] = (Annotated[int, Ge(1)] | None, None)
     for option in found.options.values():
         annotation = option.annotation
         if contains(annotation, float) and not contains(annotation, str):
@@ -199,8 +209,16 @@ def check_method(kind: Kind, raw: object, location: Location, findings: Findings
         findings.pydantic(error, location, lambda inner: annotation_at(model, inner))
         return None
     label, epsilons = values.pop("name"), values.pop("epsilons", None)
+    adaptive, draws = values.pop("adaptive", False), values.pop("draws", None)
     del values["type"]
-    found = Raw(kind, name, values, label or "", tuple(epsilons) if epsilons else None, location)
+    if draws is not None and not adaptive:
+        findings.add(
+            (*location, "draws"),
+            "draws are of an attack that adapts to random defences",
+            hint="add adaptive: true",
+        )
+    own = tuple(epsilons) if epsilons else None
+    found = Raw(kind, name, values, label or "", own, location, adaptive, draws or DRAWS)
     _check_budget(found, findings)
     return found
 

@@ -190,6 +190,8 @@ class LVLM:
         else:
             if compressor is not None:
                 family = self._passes.family
+                with torch.no_grad():
+                    compressor = self._passes.ready(images, questions, compressor, seeds)
                 session = compress(family.model, compressor, family=family, kept=kept, seeds=seeds)
             with torch.no_grad():
                 ids = self._passes.generate(images, questions, session, max_new_tokens, compressor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,11 +145,24 @@ class Passes:
     ) -> Ranking:
         """Rank the visual tokens, running nothing behind the ranking point."""
         _one_each(images, questions)
+        compressor = self.ready(images, questions, compressor, seeds)
         session = self._session(compressor, "rank", seeds)
         with session, contextlib.suppress(RankingReached):
             inputs, layout, size = self.inputs(images, compressor)
             self._run(self.prompts.prompt(questions, layout, size), inputs)
         return session.trace.ranking()
+
+    def ready(
+        self,
+        images: Tensor,
+        questions: Sequence[str],
+        compressor: Compressor,
+        seeds: Sequence[int] | None = None,
+    ) -> Compressor:
+        """The compressor as a session on these pictures needs it; see `Compressor.foresee`."""
+        own = (0,) * len(images) if seeds is None else tuple(seeds)
+        layout = self.layout((images.shape[-2], images.shape[-1]))
+        return compressor.foresee(_Preview(self, questions, own, layout), images, own)
 
     def answer_logprobs(
         self,
@@ -185,6 +199,7 @@ class Passes:
         talk = self.prompts.dialogue(questions, answers, layout, size)
         if compressor is None:
             return self._logprobs(self._run(talk, inputs), talk), talk
+        compressor = self.ready(images, questions, compressor, seeds)
         with self._session(compressor, "hard", seeds, talk, relax, kept):
             hidden = self._run(talk, inputs)
         return self._logprobs(hidden, talk), talk
@@ -254,6 +269,7 @@ class Passes:
             return logprobs, talk, self.rank(images, questions, compressor)
         inputs, layout, size = self.inputs(images)
         talk = self.prompts.dialogue(questions, answers, layout, size)
+        compressor = self.ready(images, questions, compressor)
         session = self._session(compressor, "observe", None, talk)
         with session:
             hidden = self._run(talk, inputs)
@@ -293,6 +309,7 @@ class Passes:
             hidden = self.family.run(talk.ids, talk.mask, encoded, inputs, steps)
             return answer_margin(self._logprobs(hidden, talk), talk)
 
+        compressor = self.ready(images, questions, compressor)
         with self._session(compressor, "hard", None, talk, RELAX):
             encoded = self.family.encoded(inputs)
             compressed = run(encoded)
@@ -451,8 +468,11 @@ class Passes:
     ) -> Continuation:
         """What the model says greedily, or as it decodes, at most `length` tokens of it."""
         if decoding is None:
-            session = None if compressor is None else self._session(compressor, "hard", None)
             with torch.no_grad():
+                session = None
+                if compressor is not None:
+                    compressor = self.ready(images, questions, compressor)
+                    session = self._session(compressor, "hard", None)
                 ids = self.generate(images, questions, session, length, compressor)
         else:
             asked = Asked(images, questions, compressor=compressor, draws=draws)
@@ -483,11 +503,10 @@ class Passes:
         ids = said.ids.masked_fill(said.ids == self.family.image_token_id, self.prompts.pad)
         talk = Dialogue.of(prompt, ids, said.real)
         relax = RELAX if straight_through and compressor is not None else None
-        session = (
-            None
-            if compressor is None
-            else self._session(compressor, "hard", None, talk, relax, None)
-        )
+        session = None
+        if compressor is not None:
+            compressor = self.ready(images, questions, compressor)
+            session = self._session(compressor, "hard", None, talk, relax, None)
         hidden = _inside(session, lambda: self._run(talk, inputs))
         hidden = hidden[:, hidden.shape[1] - said.ids.shape[1] :]
         logprobs = self.family.logits(hidden).float().log_softmax(-1)
@@ -529,6 +548,22 @@ class Passes:
             relax=relax,
             kept=kept,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Preview:
+    """See `targets.compression.base.Preview`."""
+
+    passes: Passes
+    questions: Sequence[str]
+    seeds: Sequence[int]
+    layout: Layout
+
+    def rank(self, images: Tensor, compressor: Compressor) -> Ranking:
+        """Rank the tokens of n pictures of each sample."""
+        times = len(images) // max(1, len(self.questions))
+        questions, seeds = tuple(self.questions) * times, tuple(self.seeds) * times
+        return self.passes.rank(images, questions, compressor, seeds)
 
 
 def _inside(session: CompressionSession | None, run: Callable[[], Tensor]) -> Tensor:

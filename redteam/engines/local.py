@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from redteam.adaptive import adapt
 from redteam.batching import Batcher, Failure
 from redteam.batching import failure as failure_of
 from redteam.datasets.base import Samples, is_correct
@@ -26,6 +27,10 @@ from targets.base import Batch
 from targets.errors import TargetError
 
 if TYPE_CHECKING:
+    from attacks.base import Attack
+    from targets.base import ImageView
+    from targets.compression.base import Compressor
+    from targets.decoding import Decoding
     from targets.lvlm import LVLM
 
 
@@ -142,24 +147,34 @@ class LocalEngine:
         block = self._share(unit, store)
         attacked = self._attack(asker, group, block, store)
         shots = {index: one.shot for index, one in good(attacked).items()}
-        full = {
-            defense.label: asker.ask(shots, None, defense, "attacked, all tokens")
-            for defense in _distinct(one.defense for one in group.cells)
-        }
+        full: dict[str, Replies] = {}
         trials: list[Trial] = []
         for planned in group.cells:
-            replies = {
-                "clean, all tokens": self._clean(asker, block, None, planned.defense),
-                "clean, compressed": self._clean(
-                    asker, block, planned.compression, planned.defense
-                ),
-                "attacked, all tokens": full[planned.defense.label],
-                "attacked, compressed": asker.ask(
-                    shots, planned.compression, planned.defense, "attacked, compressed"
-                ),
-            }
-            trials += self._trials(asker, unit, planned, attacked, list(replies.values()))
+            defense = planned.defense
+            acting = defense.label if asker.acts(defense, compressed=False) else ""
+            if acting not in full:
+                full[acting] = asker.ask(shots, None, defense, "attacked, all tokens")
+            clean = self._clean(asker, block, planned.compression, defense)
+            replies = [
+                self._clean(asker, block, None, defense),
+                clean,
+                full[acting],
+                self._compressed(asker, planned, shots, clean),
+            ]
+            trials += self._trials(asker, unit, planned, attacked, replies)
         return trials
+
+    @staticmethod
+    def _compressed(
+        asker: Asker, planned: PlannedCell, shots: Mapping[int, Shot], clean: Replies
+    ) -> Replies:
+        """Answers to attacked pictures through the compressor."""
+        where = "attacked, compressed"
+        if not asker.imposes_clean(planned.defense):
+            return asker.ask(shots, planned.compression, planned.defense, where)
+        own = {index: one.selection for index, one in good(clean).items() if one.selection}
+        some = {index: shot for index, shot in shots.items() if index in own}
+        return asker.ask(some, planned.compression, planned.defense, where, own)
 
     def _open(self, target: Method) -> Asker:
         """The asker of a target, loading it if another one is loaded."""
@@ -187,24 +202,41 @@ class LocalEngine:
 
     def _try(self, target: Method, model: LVLM) -> None:
         """One short answer per compression: what does not fit is found before anything is spent."""
-        import torch
-
+        asker = self._open(target)
         for compression in self._plan.scenario.compressions:
-            size = model.image_size
             try:
-                model.answer(
-                    torch.full((1, 3, *size), 0.5, device=model.device),
-                    ["what is this ?"],
-                    compressor=compression.create(),
-                    seeds=[0],
-                    max_new_tokens=1,
-                )
+                self._answer_once(model, asker.instance(compression))
                 weak = model.family.known_weak.get(compression.type)
                 if weak:
                     self._warn(f"{compression.label} on {target.label}: known to be weak: {weak}")
             except TargetError as error:
                 message = f"does not fit target {target.label!r}: {error}"
                 raise PlanError(str(compression.problem(message))) from error
+            for defense in self._plan.scenario.defenses:
+                try:
+                    protected, decoding = (
+                        asker.compressor(compression, defense),
+                        asker.decoding(defense),
+                    )
+                    if decoding is not None or protected is not asker.instance(compression):
+                        self._answer_once(model, protected, decoding)
+                except TargetError as error:
+                    message = f"does not fit {compression.label} on {target.label!r}: {error}"
+                    raise PlanError(str(defense.problem(message))) from error
+
+    @staticmethod
+    def _answer_once(model: LVLM, compressor: Compressor, decoding: Decoding | None = None) -> None:
+        import torch
+
+        picture = torch.full((1, 3, *model.image_size), 0.5, device=model.device)
+        model.answer(
+            picture,
+            ["what is this ?"],
+            compressor=compressor,
+            seeds=[0],
+            decoding=decoding,
+            max_new_tokens=1,
+        )
 
     def _share(self, unit: WorkUnit, store: RunStore) -> _Block:
         """The block of a unit: its clean pictures, saved and read back."""
@@ -229,7 +261,8 @@ class LocalEngine:
         self, asker: Asker, block: _Block, compression: Method | None, defense: Method
     ) -> Replies:
         """Clean answers, made once for all attacks and budgets."""
-        key = (compression.label if compression else "", defense.label)
+        acts = asker.acts(defense, compressed=compression is not None)
+        key = (compression.label if compression else "", defense.label if acts else "")
         if key not in block.clean:
             where = "clean, compressed" if compression else "clean, all tokens"
             block.clean[key] = asker.ask(good(block.shots), compression, defense, where)
@@ -284,7 +317,7 @@ class LocalEngine:
 
     def _propose(self, asker: Asker, group: ImageGroup, shots: Sequence[Shot]) -> list[_Made]:
         """Run the attack of a group on pictures of one size."""
-        attack = asker.instance(group.attack)
+        attack, view = self._means(asker, group)
         samples = [shot.sample for shot in shots]
         batch = Batch(
             ids=tuple(sample.id for sample in samples),
@@ -296,7 +329,7 @@ class LocalEngine:
         )
         seeds = [seed_of(self._plan.scenario.seed, group.id, one.id) for one in samples]
         started = time.perf_counter()
-        result = attack(self._view(asker, group, attack), batch, group.epsilon, seeds)
+        result = attack(view, batch, group.epsilon, seeds)
         seconds = (time.perf_counter() - started) / len(samples)
         notes = tuple(f"note: {note}" for note in result.notes)
         effort = Effort(
@@ -319,16 +352,34 @@ class LocalEngine:
             )
         ]
 
-    def _view(self, asker: Asker, group: ImageGroup, attack: Any) -> Any:  # noqa: ANN401 - any view
-        """What the attack of a group may use."""
+    def _means(self, asker: Asker, group: ImageGroup) -> tuple[Attack, Any]:
+        """The attack of a group in the form it is run, and what it may use."""
         from targets.views import OtherModels
 
+        attack: Attack = asker.instance(group.attack)
         if group.surrogates:
-            return OtherModels(
-                [self._surrogate(one).surrogate(one.label) for one in group.surrogates]
-            )
+            others = [self._surrogate(one).surrogate(one.label) for one in group.surrogates]
+            return attack, OtherModels(others)
+        adapted = None if group.defense is None else adapt(group.attack, group.defense, attack)
+        if adapted is not None:
+            attack = adapted.attack
         known = None if group.known is None else asker.instance(group.known)
-        return asker.model.view(attack.needs, known, max_new_tokens=asker.max_new_tokens)
+
+        def view(compressor: Compressor | None) -> ImageView:
+            return asker.model.view(attack.needs, compressor, max_new_tokens=asker.max_new_tokens)
+
+        if adapted is None or group.defense is None or not adapted.through:
+            return attack, view(known)
+        from defenses.adaptive import defended
+
+        return attack, defended(
+            view,
+            attack.needs,
+            asker.instance(group.defense),
+            compressor=known,
+            layout=asker.model.layout,
+            draws=group.attack.draws,
+        )
 
     def _trials(
         self,
@@ -440,7 +491,3 @@ def _attacked(made: _Made, clean: Shot, store: RunStore) -> Attacked:
 
 def _pixels(made: _Made | Failure) -> Pixels | None:
     return None if isinstance(made, Failure) else made.pixels
-
-
-def _distinct(methods: Any) -> list[Method]:  # noqa: ANN401 - an iterable of methods
-    return list({method.label: method for method in methods}.values())

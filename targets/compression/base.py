@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from targets.compression.scoring import top_k_mask
 from targets.errors import CompressionError
 
 if TYPE_CHECKING:
+    from targets.base import Ranking
     from targets.compression.layout import Lattice
     from targets.compression.sight import TextSight
     from targets.families.base import Family
     from targets.families.vision import VisionPass
+    from targets.preprocessing import Layout
 
 
 class Stage(StrEnum):
@@ -226,6 +228,25 @@ class Merged:
     projected: bool = False
 
 
+class Preview(Protocol):
+    """A model and a batch of B questions, as `Compressor.foresee` may use them."""
+
+    @property
+    def layout(self) -> Layout:
+        """The visual tokens of a picture of the batch."""
+        ...
+
+    def rank(self, images: Tensor, compressor: Compressor) -> Ranking:
+        """Rank the tokens of other pictures under the same questions.
+
+        Args:
+            images: ``[n · B, 3, H, W]`` in [0, 1]: n pictures of the first sample's question at
+                every B-th place from 0, and so on.
+            compressor: what ranks.
+        """
+        ...
+
+
 class Compressor(ABC):
     """Base of all compressors. Subclasses are ``@dataclass(frozen=True, kw_only=True)``.
 
@@ -325,6 +346,20 @@ class Compressor(ABC):
     def shrink(self, images: Tensor) -> Tensor:
         """Pictures ``[B, 3, H, W]`` in [0, 1] as it hands them on (Stage.PIXELS shrinks them)."""
         return images
+
+    def foresee(self, preview: Preview, images: Tensor, seeds: Sequence[int]) -> Compressor:
+        """Itself, ready for these pictures.
+
+        Called before the session that works on them opens, so that a compressor which ranks by
+        other pictures too can look at them.
+
+        Args:
+            preview: ranks other pictures.
+            images: ``[B, 3, H, W]`` in [0, 1], live.
+            seeds: one per picture.
+        """
+        del preview, images, seeds
+        return self
 
     def install(self, family: Family, memory: dict[str, Any]) -> Sequence[Any]:
         """Hooks of its own (stages TOWER and ATTENTION).

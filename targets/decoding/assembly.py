@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,6 +58,9 @@ def assemble(passes: Passes, method: Decoding, asked: Asked) -> DecodingRun:
             another number of draws than samples.
     """
     check(method, passes.family, asked.compressor)
+    if asked.compressor is not None:
+        ready = passes.ready(asked.images, asked.questions, asked.compressor, asked.seeds)
+        asked = dataclasses.replace(asked, compressor=ready)
     number = len(asked.images)
     draws = (0,) * number if asked.draws is None else tuple(asked.draws)
     if len(draws) != number:

@@ -1,4 +1,4 @@
-"""The pages on how to add a compressor and a family, followed literally."""
+"""The pages on how to add a compressor, a defence and a family, followed literally."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield write
     for name in set(sys.modules) - before:
-        if name.endswith(("centre", "vipllava", "topple")):
+        if name.endswith(("centre", "vipllava", "topple", "neighbours")):
             del sys.modules[name]
 
 
@@ -86,6 +86,29 @@ def test_adding_an_attack(written: Any) -> None:
     result = attack(view_for(attack.needs), make_batch(4), 16 / 255, [1, 2, 3, 4])
     assert float(result.linf.max()) <= 16 / 255
     assert all(min(trace) < trace[0] for trace in result.loss)
+
+
+def test_adding_a_defence(written: Any) -> None:
+    found = blocks("add-a-defense.md")
+    method = written("defenses/neighbours.py", found["defenses/neighbours.py"])
+    golden = written("tests/golden/test_neighbours.py", found["tests/golden/test_neighbours.py"])
+    golden.test_the_mean_over_the_neighbourhood()
+
+    import tiny
+
+    from targets.lvlm import LVLM
+
+    target = LVLM(tiny.build_model(), tiny.build_processor())
+    images, questions = tiny.pictures(2), tiny.QUESTIONS[:2]
+    plain = tiny.COMPRESSORS["fastv"]
+    one = method.Neighbours().protect(plain)
+    kept = [
+        target.answer(images, questions, compressor=c, max_new_tokens=1).kept for c in (plain, one)
+    ]
+    assert kept[0] is not None
+    assert kept[1] is not None
+    assert kept[1].sum(1).tolist() == [tiny.QUARTER] * 2
+    assert not torch.equal(kept[0], kept[1])
 
 
 def test_its_options_can_be_read_from_the_source(written: Any, tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""Attacks that know the defence: which defences they can go through, and how.
+
+An attack with ``adaptive: true`` is run anew against each defence it can go through. It gets the
+defended target, or takes the form its authors gave it against that defence. Against `none` it is
+the attack itself: the control that shows what it does undefended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from redteam.errors import ScenarioError
+from redteam.scenario import Method, Scenario
+
+if TYPE_CHECKING:
+    from attacks.base import Attack
+
+NONE = "none"
+"""Type of the absent defence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """An attack as it is run against one defence.
+
+    Attributes:
+        attack: in the form it takes.
+        through: whether it gets the defended target; else its own form is what adapts, or there is
+            no defence.
+        passes: passes of one picture for each pass it makes.
+    """
+
+    attack: Attack
+    through: bool
+    passes: int = 1
+
+
+def adapt(attack: Method, defense: Method, own: Attack | None = None) -> Adapted:
+    """An adaptive attack against a defence that it can go through.
+
+    Args:
+        attack: of the scenario.
+        defense: of the scenario.
+        own: the attack constructed, if at hand.
+
+    Raises:
+        ScenarioError: if a class refuses its options.
+    """
+    made: Attack = attack.create() if own is None else own
+    if defense.type == NONE:
+        return Adapted(made, through=False)
+    special = made.against(defense.type, defense.options)
+    if special is not None:
+        return Adapted(special, through=False)
+    from defenses.adaptive import passes_of
+
+    return Adapted(made, through=True, passes=passes_of(defense.create(), attack.draws))
+
+
+def obstacle(attack: Method, defense: Method) -> str | None:
+    """Why an adaptive attack cannot go through a defence; None if it can.
+
+    Raises:
+        ScenarioError: if a class refuses its options.
+    """
+    if defense.type == NONE:
+        return None
+    made, guard = attack.create(), defense.create()
+    if made.against(defense.type, defense.options) is not None:
+        return None
+    if not guard.verifiable:
+        return "it names no route for an attack"
+    kind = guard.kind.value
+    if kind == "input":
+        return None
+    if kind != "selection":
+        return f"this version has no adaptive attack on defences of kind {kind}"
+    return _out_of_sight(made, guard)
+
+
+def _out_of_sight(attack: Attack, guard: Any) -> str | None:  # noqa: ANN401 - a SelectionDefense
+    """A selection defence is in the compressor, or in how the tower's attention is read."""
+    if attack.needs.value == "encoder":
+        if guard.looks_again:
+            return None
+        return "the attack knows the vision tower alone, and the defence changes nothing there"
+    if attack.knows_compression:
+        return None
+    return "the attack does not know the compression, which is where the defence is"
+
+
+def meets(attack: Method, defense: Method) -> bool:
+    """Whether an attack adapts to a defence; False also where a class refuses its options."""
+    if not attack.adaptive or defense.type == NONE or knowledge_obstacle(attack):
+        return False
+    try:
+        return obstacle(attack, defense) is None
+    except ScenarioError:
+        return False  # told when the plan is made
+
+
+def knowledge_obstacle(attack: Method) -> str | None:
+    """Why an attack cannot be adaptive at all, by what it knows; imports nothing."""
+    knowledge = attack.signature.facts.get("knowledge")
+    if knowledge == "none":
+        return "it knows nothing, so it cannot know the defence"
+    if knowledge == "surrogate":
+        return "it works on other models, which have no defence"
+    return None
+
+
+def met(scenario: Scenario, attack: Method) -> list[Method]:
+    """The defences an adaptive attack is run against, `none` among them if it is listed."""
+    return [one for one in scenario.defenses if obstacle(attack, one) is None]
+
+
+def omitted(scenario: Scenario) -> tuple[str, ...]:
+    """Which adaptive attacks are not run against which defences, one sentence each."""
+    return tuple(
+        f"attack {attack.label} is not run against {defense.label}: {why}."
+        for attack in scenario.attacks
+        if attack.adaptive and knowledge_obstacle(attack) is None
+        for defense in scenario.defenses
+        if (why := obstacle(attack, defense))
+    )
+
+
+def verdicts(scenario: Scenario) -> tuple[str, ...]:
+    """What the results of each defence are worth, one sentence each."""
+    found = []
+    for defense in scenario.defenses:
+        if defense.type == NONE:
+            continue
+        by = [attack.label for attack in scenario.attacks if meets(attack, defense)]
+        if by:
+            found.append(
+                f"{defense.label} was attacked adaptively by {', '.join(by)}; read those rows, all "
+                "others are upper bounds. The remaining rules for a verified defence (docs/"
+                "defenses.md) are not checked by this version."
+            )
+        else:
+            found.append(
+                f"no attack of this run adapts to {defense.label}, so its results are "
+                "UNVERIFIED (upper bound)."
+            )
+    return tuple(found)
