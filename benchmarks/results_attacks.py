@@ -63,7 +63,7 @@ def main() -> None:
 
 def _page_of(arguments: argparse.Namespace) -> str:
     """The page from the run folders there are and, if asked, from the page as it stands."""
-    folders = [one for one in _folders(arguments.scenario, arguments.runs) if _whole(one)]
+    folders = list(_folders(arguments.scenario, arguments.runs))
     summaries = [_read(folder, "summary") for folder in folders]
     manifests = [_read(folder, "manifest") for folder in folders]
     if not folders:
@@ -150,14 +150,6 @@ def _folders(scenario: Path, runs: Path) -> Iterable[Path]:
         yield from found[:1] if parts[0] in found else found
 
 
-def _whole(folder: Path) -> bool:
-    """Whether a part ran to its end; one that was stopped is left out, and that is said."""
-    missing = _read(folder, "summary")["progress"]["missing"]
-    if missing:
-        print(f"left out: {folder} lacks {missing} trials; run it again to resume")
-    return not missing
-
-
 def _suffixes(scenario: Path) -> Iterable[str]:
     """What `split` may add to an attack's label, in order."""
     whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
@@ -212,9 +204,12 @@ def page(
 
 
 def measured(summary: dict[str, Any], manifest: dict[str, Any]) -> dict[Key, Row]:
-    """Rows of a part, by compression, attack and budget."""
+    """Rows of a part, by compression, attack and budget; of one that was stopped, what it ended."""
     rows = {}
     for cell in summary["cells"]:
+        if summary["progress"]["missing"] and cell["n"] < len(manifest["samples"]):
+            print(f"left out: {cell['attack']} on {cell['compression']}, which was stopped")
+            continue
         row = {title: show(cell) for title, show in COLUMNS}
         row["measured"] = str(manifest["created"])[:10]
         rows[cell["compression"], row["attack"], row["ε·255"]] = row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -89,16 +88,16 @@ def test_settings_of_an_attack_in_parts_are_said_once(script: ModuleType) -> Non
     assert text.count("- deep: `") == 1
 
 
-def test_a_part_that_was_stopped_is_left_out(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_of_a_part_that_was_stopped_the_finished_cells_stand(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, missing in (("done", 0), ("stopped", 7)):
-        (tmp_path / name).mkdir()
-        text = json.dumps({"progress": {"missing": missing}})
-        (tmp_path / name / "summary.json").write_text(text, encoding="utf-8")
-    assert script._whole(tmp_path / "done")
-    assert not script._whole(tmp_path / "stopped")
-    assert "lacks 7 trials" in capsys.readouterr().out
+    stopped = summary(0.1)
+    stopped["progress"] = {"missing": 50}
+    cells = stopped["cells"]
+    stopped["cells"] = [*cells, {**cells[0], "compression": "visionzip", "n": 250}]
+    found = script.measured(stopped, manifest("2026-01-01", name="noise", type="noise"))
+    assert [key[0] for key in found] == ["fastv 25%"]
+    assert "visionzip, which was stopped" in capsys.readouterr().out
 
 
 def summary(csfr: float, attack: str = "noise") -> dict[str, object]:
@@ -115,7 +114,7 @@ def summary(csfr: float, attack: str = "noise") -> dict[str, object]:
         "metrics": dict.fromkeys(names.split(), one),
         "diagnosis": {"ranking": 3},
     }
-    return {"cells": [cell]}
+    return {"cells": [cell], "progress": {"missing": 0}}
 
 
 def manifest(day: str, **attack: object) -> dict[str, object]:
@@ -123,6 +122,7 @@ def manifest(day: str, **attack: object) -> dict[str, object]:
     return {
         "created": f"{day}T01:02:03+00:00",
         "seed": 0,
+        "samples": [f"s{i}" for i in range(300)],
         "provenance": {"identity": {"device": "cpu"}},
         "scenario": {"attacks": [attack]},
     }
