@@ -48,11 +48,11 @@ def test_images_of_an_adaptive_attack_belong_to_one_defence(load: Load) -> None:
         if group.defense is not None
     }
     assert met == {
-        ("caa adaptive", "none", 6),
-        ("caa adaptive", "translation_consensus", 6 * 4),
-        ("caa adaptive", "random_floor", 6 * 3),
-        ("cira adaptive", "none", 6),
-        ("cira adaptive", "translation_consensus", 6 * 4),
+        ("caa adaptive", "none", 5),
+        ("caa adaptive", "translation_consensus", 5 * 4),
+        ("caa adaptive", "random_floor", 5 * 3),
+        ("cira adaptive", "none", 5),
+        ("cira adaptive", "translation_consensus", 5 * 4),
     }
     for group in plan.groups:
         defenses = {one.defense.label for one in group.cells}
