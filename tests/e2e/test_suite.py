@@ -109,7 +109,8 @@ def test_a_result_that_changes_keeps_a_gate_from_passing(
     text = workplace.scenario.read_text()
     start, end = text.index("attacks:"), text.index("engine:")
     text = text[:start] + "attacks: [fickle]\nepsilons: [32/255]\n" + text[end:]
-    text += f"gates: [{{metric: upr, min: 0.01}}]\nchecks: {{repeat: {repeat}}}\n"
+    # No noise is beside it, which this gate, for at least so many failures, does not mind.
+    text += f"gates: [{{metric: csfr, min: 0}}]\nchecks: {{repeat: {repeat}}}\n"
     workplace.scenario.write_text(text)
     done = workplace.redteam("run", "scenario.yaml", "--out", "run", "--json")
     out = json.loads(done.stdout)
@@ -120,7 +121,7 @@ def test_a_result_that_changes_keeps_a_gate_from_passing(
     }
     assert len(marked) == repeat
     found = [check["code"] for check in out["summary"]["checks"]]
-    assert found == (["not-repeatable"] if fires else [])
+    assert found == [*(["not-repeatable"] if fires else []), "no-control"]
     assert (out["verdict"], done.returncode) == (("inconclusive", 4) if fires else ("pass", 0))
     if fires:
         assert "self-check 'not-repeatable'" in out["why"]

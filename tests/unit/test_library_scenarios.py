@@ -86,7 +86,7 @@ def test_a_plan_shares_what_does_not_know_the_compressor(tmp_path: Path) -> None
 REFUSED = {
     "key": (
         "type: torchattacks.MIFGSM, step: 3",
-        "allowed: type, name, epsilons, path, norm",
+        "allowed: type, name, epsilons, adaptive, draws, path, norm",
     ),
     "near": ("type: torchattacks.MIFGSM, step: 3", "did you mean 'steps'?"),
     "eps": ("type: torchattacks.MIFGSM, eps: 3", "the budget is the scenario's: epsilons: [8/255]"),
