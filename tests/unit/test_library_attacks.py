@@ -107,8 +107,9 @@ def test_every_attack_offered_runs_inside_the_ball(
     library: str, attack: str, target: LVLM, batch: Batch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = small(library, attack)
+    rows = [0] if attack == "PixelAttack" else [0, 1, 2]  # that one asks 400 times an iteration
     capfd.readouterr()
-    result = run(target, found, batch, SEEDS)
+    result = run(target, found, batch.rows(rows), SEEDS[: len(rows)])
     assert capfd.readouterr() == ("", ""), "runs are silent"
     measured = result.l2 if found.norm == "l2" else result.linf
     assert float(measured.max()) <= (RADIUS if found.norm == "l2" else EPSILON)
