@@ -174,15 +174,20 @@ def flatten(value: object, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _options(spec: object) -> str:
+def _options(spec: object, *, steps: bool = False) -> str:
     """Options of a method in one line: ``fastv: layer 2, retention 0.25``.
 
-    Options that are unset are left out; step sizes are written like budgets, ``alpha 4/255``.
+    Options that are unset are left out.
+
+    Args:
+        spec: of the method.
+        steps: whether its alpha is a step size, which is written like a budget, ``alpha 4/255``;
+            that of a decoding method is a weight.
     """
     if not isinstance(spec, Mapping):
         return "" if spec is None else str(spec)
     given = {key: value for key, value in spec.items() if key != "type" and value is not None}
-    if isinstance(given.get("alpha"), float):
+    if steps and isinstance(given.get("alpha"), float):
         given["alpha"] = text.epsilon_text(given["alpha"])
     rest = ", ".join(f"{key} {value}" for key, value in flatten(given)) if given else ""
     return f"{spec.get('type', '')}: {rest}".strip(": ") if rest else str(spec.get("type", ""))
@@ -194,7 +199,7 @@ def _tested(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
         labels = dict.fromkeys(getattr(cell, role) for cell in manifest.cells)
         for label in labels:
             cell = next(cell for cell in manifest.cells if getattr(cell, role) == label)
-            yield role, label, _options(cell.spec.get(role))
+            yield role, label, _options(cell.spec.get(role), steps=role == "attack")
 
 
 def _threats(manifest: Manifest) -> list[dict[str, str]]:

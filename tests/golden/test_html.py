@@ -226,7 +226,8 @@ def test_options_are_written_as_people_write_them() -> None:
     from reports.html.render import _options
 
     spec = {"type": "caa", "steps": 20, "alpha": 4 / 255, "promote": None}
-    assert _options(spec) == "caa: steps 20, alpha 4/255"
+    assert _options(spec, steps=True) == "caa: steps 20, alpha 4/255"
+    assert _options({"type": "vcd", "alpha": 1.0}) == "vcd: alpha 1.0", "a weight, no step size"
     assert _options({"type": "noise", "border": None}) == "noise"
 
 
