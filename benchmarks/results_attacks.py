@@ -74,8 +74,10 @@ def _page_of(arguments: argparse.Namespace) -> str:
     settings: dict[str, str] = {}
     if arguments.update and arguments.page.exists():
         rows, settings = carry(arguments.page.read_text(encoding="utf-8"), attacks)
-    for summary, manifest in zip(summaries, manifests, strict=True):
+    for folder, summary, manifest in zip(folders, summaries, manifests, strict=True):
         rows.update(measured(summary, manifest))
+        if summary["progress"]["missing"]:
+            print(f"stopped: {folder}; only what it finished counts, run it again to resume")
     absent = lacking(rows, whole)
     return page(summaries, manifests, _command(arguments), absent, rows, settings, list(attacks))
 
@@ -208,7 +210,6 @@ def measured(summary: dict[str, Any], manifest: dict[str, Any]) -> dict[Key, Row
     rows = {}
     for cell in summary["cells"]:
         if summary["progress"]["missing"] and cell["n"] < len(manifest["samples"]):
-            print(f"left out: {cell['attack']} on {cell['compression']}, which was stopped")
             continue
         row = {title: show(cell) for title, show in COLUMNS}
         row["measured"] = str(manifest["created"])[:10]
