@@ -53,7 +53,7 @@ class MarginSplit(Attack):
     passes. It takes one gradient, and a second one where that of the constraint is renewed.
 
     Args:
-        steps: gradient steps T, ≥ 0; 0 is the random start alone. It takes T + ⌈T / refresh⌉
+        steps: gradient steps T, ≥ 0; 0 is the start alone. It takes T + ⌈T / refresh⌉
             gradients, 99 by default.
         refresh: steps for which a gradient of the full path's margin serves, ≥ 1; 1 takes it anew
             in every step.

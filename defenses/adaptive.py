@@ -9,6 +9,7 @@ transformation, Athalye et al., arXiv 1707.07397), fresh ones in each call.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
@@ -104,7 +105,7 @@ def defended(
     return cast(ImageView, DefendedView(knowledge, calls, passes_of(defense, draws)))
 
 
-class _Through:
+class _Through(ABC):
     """Calls of a view, each the mean over draws of a defence."""
 
     def __init__(
@@ -126,8 +127,9 @@ class _Through:
 
         return through
 
+    @abstractmethod
     def _once(self, name: str, salt: int, images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        raise NotImplementedError
+        """One call under one draw of the defence."""
 
 
 class _Input(_Through):

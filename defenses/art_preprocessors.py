@@ -8,6 +8,7 @@ under which a transform would do nothing to 8-bit pictures cannot be chosen.
 from __future__ import annotations
 
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,9 +42,9 @@ class ArtPreprocessor(InputDefense):
                 "not installed; pip install 'redteam[art]'"
             )
 
+    @abstractmethod
     def preprocessor(self) -> Any:  # noqa: ANN401 - ART is untyped
         """The instance of ART, for levels in [0, 255], channels first."""
-        raise NotImplementedError
 
     def transform(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Through ART, on levels: in [0, 1] its JPEG would truncate 8-bit pictures by a level."""

@@ -214,10 +214,8 @@ class LocalEngine:
                 raise PlanError(str(compression.problem(message))) from error
             for defense in self._plan.scenario.defenses:
                 try:
-                    protected, decoding = (
-                        asker.compressor(compression, defense),
-                        asker.decoding(defense),
-                    )
+                    protected = asker.compressor(compression, defense)
+                    decoding = asker.decoding(defense)
                     if decoding is not None or protected is not asker.instance(compression):
                         self._answer_once(model, protected, decoding)
                 except TargetError as error:
