@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class AttackError(Exception):
     """An attack could not be run, or did something it may not do.
@@ -26,3 +29,9 @@ class AttackError(Exception):
 
 def _rebuild(message: str, sample_ids: tuple[str, ...], step: int | None) -> AttackError:
     return AttackError(message, sample_ids=sample_ids, step=step)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest one there is, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from attacks.base import Attack, Proposal
 from attacks.budget import Budget, norms, quantise
-from attacks.errors import AttackError
+from attacks.errors import AttackError, suggestion
 from attacks.library_names import LIBRARIES, OURS, Library
 from attacks.option_logits import OptionLogits, option_count
 from attacks.options import complaint
@@ -374,10 +373,9 @@ class LibraryAttack(Attack):
             raise AttackError(f"{self._label}: {name} is not yours to set: {OURS[name]}")
         known = self._known()
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
             raise AttackError(
                 f"{self._label} has no parameter {name!r}; allowed: {', '.join(known) or 'none'}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                + suggestion(name, known)
             )
         wrong = complaint(known[name].annotation, value)
         if wrong is not None:

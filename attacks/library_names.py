@@ -5,13 +5,12 @@ Importing this module costs nothing: neither torch nor a library is loaded.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from attacks.errors import AttackError
+from attacks.errors import AttackError, suggestion
 from targets.base import Knowledge
 
 
@@ -47,10 +46,9 @@ class Library:
             return self.offered[attack]
         if attack in self.unsuitable:
             raise AttackError(f"{self.name}.{attack} is not offered: {self.unsuitable[attack]}")
-        near = difflib.get_close_matches(attack, [*self.offered, *self.unsuitable], n=1)
         raise AttackError(
             f"{self.name} has no attack {attack!r}; allowed: {', '.join(sorted(self.offered))}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + suggestion(attack, [*self.offered, *self.unsuitable])
         )
 
 

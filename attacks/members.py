@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
@@ -10,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from attacks.base import Attack
-from attacks.errors import AttackError
+from attacks.errors import AttackError, suggestion
 from attacks.goal import GOALS, Goal
 
 COMPRESSED: Final[tuple[Goal, ...]] = ("compression_only", "compressed")
@@ -89,9 +88,8 @@ def make_member(owner: str, name: str, steps: int) -> Attack:
         AttackError: there is no such member.
     """
     if name not in MEMBERS:
-        near = difflib.get_close_matches(name, MEMBERS, n=1)
         raise AttackError(
             f"attack {owner}: there is no member {name!r}; allowed: {', '.join(MEMBERS)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + suggestion(name, MEMBERS)
         )
     return MEMBERS[name].make(steps)
