@@ -104,6 +104,8 @@ class Attack(ABC):
     knowledge: ClassVar[Knowledge]
     sometimes_idle: ClassVar[bool] = False
     """Whether there are compressors it cannot do anything about; `idle` then says which."""
+    undecoded: ClassVar[bool] = False
+    """Whether it looks at the model's own distributions, which no decoding method changes."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

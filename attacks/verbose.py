@@ -60,6 +60,7 @@ class Verbose(Attack):
 
     name: ClassVar[str] = "verbose"
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
+    undecoded: ClassVar[bool] = True
 
     path: Literal["full", "compressed"] = "full"
     length: Annotated[int, Ge(1)] = 64

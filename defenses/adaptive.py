@@ -2,25 +2,29 @@
 
 It stands in the graph as it stands in the deployment, so an attack needs nothing new to adapt: an
 input defence is in front of every call that takes pictures, a selection defence in every
-compressor. Where the defence is random each call is the mean over several draws (expectation over
+compressor, a decoding method in every answer that is scored, and hardened weights are the model.
+Where the defence is random each call is the mean over several draws (expectation over
 transformation, Athalye et al., arXiv 1707.07397), fresh ones in each call.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Final, cast
+from dataclasses import replace
+from typing import Any, Final, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from defenses.base import Defense, DefenseError, InputDefense
+from defenses.base import Defense, DefenseError
+from defenses.guard import Guard
 from defenses.selection import SelectionDefense, ViewConsensus, drawn
+from defenses.voting import majority
 from targets.base import CALLS, ImageView, Knowledge, Ranking, includes
 from targets.compression.base import Compressor
 from targets.compression.scoring import top_k_mask
+from targets.decoding.base import Decoding
 from targets.preprocessing import Layout
 from targets.views import View
 
@@ -33,7 +37,15 @@ _ONCE: Final = frozenset({"ask", "option_scores", "continuation"})
 _BY_TOWER: Final = frozenset({"encode", "layers"})
 """Calls that show what the vision tower finds important."""
 
-MakeView = Callable[[Compressor | None], ImageView]
+
+class MakeView(Protocol):
+    """Makes the target's view with a compressor, and with a decoding method and its draw."""
+
+    def __call__(
+        self, compressor: Compressor | None, decoding: Decoding | None = None, draw: int = 0
+    ) -> ImageView:
+        """The view."""
+        ...
 
 
 class DefendedView(View):
@@ -57,8 +69,10 @@ def passes_of(defense: Defense, draws: int) -> int:
         defense: in the graph.
         draws: of its randomness in each call, ≥ 1; without effect where it has none.
     """
-    looks = defense.looks if isinstance(defense, SelectionDefense) else 0
-    return (1 + looks) * (draws if defense.draws else 1)
+    guard = Guard.of(defense)
+    looks = sum(one.looks for one in _in_the_graph(guard))
+    branches = 0 if guard.decoding is None else len(guard.decoding.views())
+    return (1 + looks) * (1 + branches) * (draws if _random(defense, guard) else 1)
 
 
 def defended(
@@ -76,104 +90,112 @@ def defended(
     of a call meet the same draws.
 
     Args:
-        make: the target's view with a compressor, or with none.
+        make: views of the target; of the hardened one, where the defence changes weights.
         knowledge: of the attacker.
-        defense: an input or a selection defence that an attack can go through.
+        defense: one that an attack can go through.
         compressor: the one in use; None if the attacker does not know it.
         layout: the visual tokens of a picture of a height and width.
         draws: of the defence's randomness in each call, ≥ 1.
 
     Raises:
-        DefenseError: for a defence of another kind, one without a route, or one that has no meaning
-            for the compressor.
+        DefenseError: for a detector, a defence without a route, or one that has no meaning for the
+            compressor.
     """
     if not defense.verifiable:
         raise DefenseError(f"defence {defense.name} names no route for an adaptive attack")
-    through: _Through
-    if isinstance(defense, InputDefense):
-        through = _Input(make, defense, compressor, draws)
-    elif isinstance(defense, SelectionDefense):
-        through = _Selection(make, defense, compressor, draws, layout)
-    else:
+    if Guard.of(defense).detector is not None:
         raise DefenseError(
-            f"defence {defense.name} is of kind {defense.kind.value}; an adaptive attack goes "
-            "through defences of kinds input and selection"
+            f"defence {defense.name} is of kind detector and changes no answer: there is nothing "
+            "to go through"
         )
+    through = _Through(make, defense, compressor, draws, layout)
     calls = {
         name: through.call(name) for name, needed in CALLS.items() if includes(knowledge, needed)
     }
     return cast(ImageView, DefendedView(knowledge, calls, passes_of(defense, draws)))
 
 
-class _Through(ABC):
-    """Calls of a view, each the mean over draws of a defence."""
+def _in_the_graph(guard: Guard) -> tuple[SelectionDefense, ...]:
+    """What changes the selection in an attack's graph: a fall-back has a stand-in there."""
+    stand_in = None if guard.fallback is None else guard.fallback.stand_in()
+    return guard.selections if stand_in is None else (*guard.selections, stand_in)
+
+
+def _random(defense: Defense, guard: Guard) -> bool:
+    return defense.draws or any(one.draws for one in _in_the_graph(guard))
+
+
+class _Through:
+    """Calls of a view, each the mean over draws of a defence.
+
+    The picture passes through the defences of the image, every compressor (the one in use or one
+    imagined) is protected, and answers are scored as they are decoded.
+    """
 
     def __init__(
-        self, make: MakeView, defense: Defense, compressor: Compressor | None, draws: int
+        self,
+        make: MakeView,
+        defense: Defense,
+        compressor: Compressor | None,
+        draws: int,
+        layout: Callable[[tuple[int, int]], Layout],
     ) -> None:
-        self._make, self._compressor = make, compressor
-        self._random, self._draws = defense.draws, draws
+        self._make, self._compressor, self._layout = make, compressor, layout
+        guard = Guard.of(defense)
+        self._guard = replace(guard, selections=_in_the_graph(guard))
+        self._random, self._draws = _random(defense, guard), draws
         self._called = 0
+        self._protected(compressor, 0)  # what does not go together is refused here
 
     def call(self, name: str) -> Callable[..., Any]:
+        """One call of the view, by its name in `targets.base.CALLS`."""
         if name in _PLAIN:
-            return cast(Callable[..., Any], getattr(self._make(self._compressor), name))
+            return cast(Callable[..., Any], getattr(self._view(0), name))
 
         def through(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             self._called += 1
             count = self._draws if self._random and name not in _ONCE else 1
+            if name == "ask" and self._guard.votes > 1:
+                return self._vote(images, *args, **kwargs)
             salts = [drawn("adaptive", self._called, one) for one in range(count)]
             return mean_of([self._once(name, salt, images, *args, **kwargs) for salt in salts])
 
         return through
 
-    @abstractmethod
-    def _once(self, name: str, salt: int, images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """One call under one draw of the defence."""
+    def _vote(self, images: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:  # noqa: ANN401
+        """Answers as deployed: the majority over draws."""
+        salts = [drawn("adaptive", self._called, one) for one in range(self._guard.votes)]
+        said = [self._once("ask", salt, images, *args, **kwargs) for salt in salts]
+        return tuple(row[majority(row)] for row in zip(*said, strict=True))
 
-
-class _Input(_Through):
-    """Pictures pass through the defence before any call."""
-
-    def __init__(
-        self, make: MakeView, defense: InputDefense, compressor: Compressor | None, draws: int
-    ) -> None:
-        super().__init__(make, defense, compressor, draws)
-        self._defense, self._view = defense, make(compressor)
-
-    def _once(self, name: str, salt: int, images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        shown = self._defense(images, [salt] * len(images))
-        return getattr(self._view, name)(shown, *args, **kwargs)
-
-
-class _Selection(_Through):
-    """Every compressor, the one in use or one imagined, is protected."""
-
-    def __init__(
-        self,
-        make: MakeView,
-        defense: SelectionDefense,
-        compressor: Compressor | None,
-        draws: int,
-        layout: Callable[[tuple[int, int]], Layout],
-    ) -> None:
-        super().__init__(make, defense, compressor, draws)
-        self._defense, self._layout = defense, layout
-        self._protected(compressor, 0)  # what does not go together is refused here
+    def _view(self, salt: int) -> ImageView:
+        compressor = self._protected(self._compressor, salt)
+        if self._guard.decoding is None:
+            return self._make(compressor)
+        return self._make(compressor, self._guard.decoding, salt)
 
     def _protected(self, compressor: Compressor | None, salt: int) -> Compressor | None:
-        return None if compressor is None else self._defense.protect(compressor, salt)
+        return None if compressor is None else self._guard.protect(compressor, salt)
+
+    def _shown(self, images: Tensor, salt: int) -> Tensor:
+        for index, one in enumerate(self._guard.inputs):
+            seed = drawn("part", index, salt) if index else salt
+            images = one(images, [seed] * len(images))
+        return images
 
     def _once(self, name: str, salt: int, images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        view = self._make(self._protected(self._compressor, salt))
+        """One call under one draw of the defence."""
+        view, images = self._view(salt), self._shown(images, salt)
         if kwargs.get("under") is not None:
             kwargs = {**kwargs, "under": self._protected(kwargs["under"], salt)}
-        if name in _BY_TOWER and isinstance(self._defense, ViewConsensus):
-            return self._consensus(getattr(view, name), salt, images, *args, **kwargs)
+        consensus = [one for one in self._guard.selections if isinstance(one, ViewConsensus)]
+        if name in _BY_TOWER and consensus:
+            return self._agreed(consensus[0], getattr(view, name), salt, images, *args, **kwargs)
         return getattr(view, name)(images, *args, **kwargs)
 
-    def _consensus(
+    def _agreed(
         self,
+        defense: ViewConsensus,
         call: Callable[..., Any],
         salt: int,
         images: Tensor,
@@ -185,7 +207,6 @@ class _Selection(_Through):
         The scores are reduced as they are, not by ranks, so that every attack on scores can use
         them. [inferred]
         """
-        defense = cast(ViewConsensus, self._defense)
         layout = self._layout((images.shape[-2], images.shape[-1]))
         generators = [torch.Generator().manual_seed(salt) for _ in images]
         views = defense.look_again(images, layout, generators)

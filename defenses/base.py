@@ -36,6 +36,10 @@ class DefenseKind(StrEnum):
     """Another, hardened vision tower."""
     DETECTOR = "detector"
     """Answers nothing differently; says that an input looks attacked."""
+    FALLBACK = "fallback"
+    """On how many visual tokens a request gets."""
+    STACK = "stack"
+    """Several of these together."""
 
 
 class AdaptiveRoute(StrEnum):
@@ -100,6 +104,10 @@ class Defense(ABC):
         """Whether this configuration is random; differs from `stochastic` likewise."""
         return self.stochastic
 
+    def parts(self) -> tuple[Defense, ...]:
+        """The acts it is made of, each of a kind that acts; itself unless it is made of several."""
+        return (self,)
+
     @property
     def verifiable(self) -> bool:
         """Whether an adaptive attack can be run against it at all."""
@@ -115,6 +123,11 @@ class InputDefense(Defense):
     """A defence that changes the image before the model sees it."""
 
     kind: ClassVar[DefenseKind] = DefenseKind.INPUT
+
+    @property
+    def votes(self) -> int:
+        """Draws that are answered each, of which the majority counts; 1 for no vote."""
+        return 1
 
     @abstractmethod
     def transform(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

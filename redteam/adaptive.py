@@ -8,13 +8,14 @@ the attack itself: the control that shows what it does undefended.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from redteam.errors import ScenarioError
 from redteam.scenario import Method, Scenario
 
 if TYPE_CHECKING:
     from attacks.base import Attack
+    from defenses.guard import Guard
 
 NONE = "none"
 """Type of the absent defence."""
@@ -66,28 +67,43 @@ def obstacle(attack: Method, defense: Method) -> str | None:
     """
     if defense.type == NONE:
         return None
-    made, guard = attack.create(), defense.create()
+    made, guarding = attack.create(), defense.create()
     if made.against(defense.type, defense.options) is not None:
         return None
-    if not guard.verifiable:
+    if not guarding.verifiable:
         return "it names no route for an attack"
-    kind = guard.kind.value
-    if kind == "input":
-        return None
-    if kind != "selection":
-        return f"this version has no adaptive attack on defences of kind {kind}"
-    return _out_of_sight(made, guard)
+    from defenses.guard import Guard
+
+    guard = Guard.of(guarding)
+    if guard.detector is not None:
+        return "this version has no attack that evades a detector"
+    return _out_of_sight(made, guard) or _undecoded(made, guard)
 
 
-def _out_of_sight(attack: Attack, guard: Any) -> str | None:  # noqa: ANN401 - a SelectionDefense
+def _out_of_sight(attack: Attack, guard: Guard) -> str | None:
     """A selection defence is in the compressor, or in how the tower's attention is read."""
+    hidden = [one for one in guard.selections if not one.looks_again]
+    if guard.fallback is not None:
+        stand_in = guard.fallback.stand_in()
+        hidden += [stand_in] if stand_in is not None and not stand_in.looks_again else []
     if attack.needs.value == "encoder":
-        if guard.looks_again:
+        if not hidden:
             return None
         return "the attack knows the vision tower alone, and the defence changes nothing there"
-    if attack.knows_compression:
+    if attack.knows_compression or not (guard.selections or guard.fallback):
         return None
     return "the attack does not know the compression, which is where the defence is"
+
+
+def _undecoded(attack: Attack, guard: Guard) -> str | None:
+    """Decoding is in the answers alone."""
+    if guard.decoding is None:
+        return None
+    if attack.undecoded:
+        return "the attack looks at the model's own distributions, which decoding does not change"
+    if attack.needs.value in ("encoder", "compressed"):
+        return "the attack sees no answers, and the defence is in how they are decoded"
+    return None
 
 
 def meets(attack: Method, defense: Method) -> bool:

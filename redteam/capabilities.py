@@ -20,7 +20,7 @@ _NEEDS: Final[Mapping[str, frozenset[str]]] = {
 """What a target must be capable of for an attack with this knowledge."""
 
 
-_RUNS: Final = ("none", "input", "selection", "decoding")
+_RUNS: Final = ("none", "input", "selection", "decoding", "encoder", "fallback", "stack")
 """Kinds of defences that this version runs."""
 
 
@@ -57,12 +57,14 @@ def mismatches(scenario: Scenario) -> list[Problem]:
 
 
 def _unprotected(scenario: Scenario) -> list[Problem]:
-    """Selection defences and the compressors they have no meaning for."""
+    """Defences and the compressors they have no meaning for."""
     found: list[Problem] = []
     for defense in scenario.defenses:
-        if defense.signature.facts.get("kind") != "selection":
+        if defense.signature.facts.get("kind") not in ("selection", "fallback", "stack"):
             continue
-        guard = defense.create()
+        from defenses.guard import Guard
+
+        guard = Guard.of(defense.create())
         for compression in scenario.compressions:
             reason = guard.refuses(compression.create())
             if reason is not None:

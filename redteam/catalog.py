@@ -81,6 +81,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
     },
     "defenses": {
         "none": "redteam.loaders:Undefended",
+        "stack": "redteam.loaders:Stacked",
         "translation_consensus": "defenses.translation_consensus:TranslationConsensus",
         "score_smoothing": "defenses.score_smoothing:ScoreSmoothing",
         "rank_fusion": "defenses.rank_fusion:RankFusion",

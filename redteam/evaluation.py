@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,8 +19,8 @@ from redteam.scenario import Method, digest
 from reports.records import Answer
 
 if TYPE_CHECKING:
+    from defenses.guard import Guard
     from targets.compression.base import Compressor, Selection
-    from targets.decoding import Decoding
     from targets.lvlm import LVLM, Answered
 
 Item = TypeVar("Item")
@@ -52,6 +53,7 @@ class Reply:
         seconds: this sample's share of the batch.
         left: visual tokens in the last layer of the language model; None without compression.
         generated: tokens of the answer, the end token included.
+        fallback: whether a defence gave the request more tokens than its compressor keeps.
     """
 
     answer: Answer
@@ -60,6 +62,7 @@ class Reply:
     seconds: float
     left: int | None = None
     generated: int = 0
+    fallback: bool = False
 
 
 Replies = dict[int, Reply | Failure]
@@ -96,6 +99,8 @@ class Asker:
         self._seed = seed
         self._methods: dict[tuple[str, str], Any] = {}
         self._protected: dict[tuple[str, str], Compressor] = {}
+        self._guards: dict[str, Guard] = {}
+        self._hardened: dict[str, LVLM] = {}
         self._places: dict[tuple[int, int], Places] = {}
 
     def instance(self, method: Method) -> Any:  # noqa: ANN401 - an instance of any method
@@ -133,7 +138,7 @@ class Asker:
         Args:
             shots: by index.
             compression: None for all visual tokens.
-            defense: in front of the model, in the compressor, or in how answers are decoded.
+            defense: of any kind; `none` too.
             where: what is being done, for the record of errors.
             forced: selections to impose instead of the compressor's own, by index.
         """
@@ -141,78 +146,106 @@ class Asker:
         def reply(indices: Sequence[int]) -> list[Reply]:
             chosen = [shots[index] for index in indices]
             imposed = None if forced is None else [forced[index] for index in indices]
-            answered = self._answer(chosen, compression, defense, imposed)
-            return [_reply(answered, row, shot.sample) for row, shot in enumerate(chosen)]
+            return self._replies(chosen, compression, defense, imposed)
 
         return self.each(shots, reply, where)
 
-    def _answer(
+    def _replies(
         self,
         shots: Sequence[Shot],
         compression: Method | None,
         defense: Method,
         forced: Sequence[Selection] | None,
-    ) -> Answered:
+    ) -> list[Reply]:
+        """One reply for each shot; with a vote, the first of those that say what most say."""
+        count = self.guard(defense).votes
+        draws = [self._draw(shots, compression, defense, forced, draw) for draw in range(count)]
+        if count == 1:
+            return draws[0]
+        from defenses.voting import majority
+
+        found = []
+        for row in zip(*draws, strict=True):
+            winner = row[majority([one.answer.text for one in row])]
+            found.append(replace(winner, seconds=sum(one.seconds for one in row)))
+        return found
+
+    def _draw(
+        self,
+        shots: Sequence[Shot],
+        compression: Method | None,
+        defense: Method,
+        forced: Sequence[Selection] | None,
+        draw: int,
+    ) -> list[Reply]:
+        """Replies under one draw of the defence's randomness."""
+        started = time.perf_counter()
+        guard, instance = self.guard(defense), self.defended(defense)
         images = self.images(shots)
-        if self._kind(defense) == "input":
-            seeds = self._seeds(defense, shots)
-            images = self.instance(defense)(images, seeds)
-        questions = [shot.sample.question for shot in shots]
+        for index, one in enumerate(guard.inputs):
+            images = one(images, self._seeds(defense, shots, index, draw))
+        compressor = None if compression is None else self.compressor(compression, defense)
         how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        decoding = self.decoding(defense)
-        if decoding is not None:
-            how |= {"decoding": decoding, "draws": self._seeds(defense, shots)}
-        if compression is None:
-            return self.model.answer(images, questions, **how)
-        return self.model.answer(
-            images,
-            questions,
-            compressor=self.compressor(compression, defense),
-            kept=forced,
-            # A compressor that draws draws the same for the clean and the attacked image.
-            seeds=self._seeds(compression, shots),
-            **how,
-        )
+        if guard.decoding is not None:
+            how |= {"decoding": guard.decoding}
+        asked = _Asked(instance, shots, images, self._seeds(defense, shots, 0, draw), how)
+        if compressor is None or compression is None:
+            return asked.replies(range(len(shots)), None, None, forced)
+        # A compressor that draws draws the same for the clean and the attacked image.
+        seeds = self._seeds(compression, shots)
+        if guard.fallback is None or forced is not None:
+            return asked.replies(range(len(shots)), compressor, seeds, forced)
+        questions = [shot.sample.question for shot in shots]
+        routes = guard.fallback.choose(instance, images, questions, compressor, seeds)
+        deciding = (time.perf_counter() - started) / len(shots)
+        return asked.routed(routes, compressor, seeds, deciding)
+
+    def guard(self, defense: Method) -> Guard:
+        """The parts of a defence."""
+        if defense.label not in self._guards:
+            from defenses.guard import Guard
+
+            self._guards[defense.label] = Guard.of(self.instance(defense))
+        return self._guards[defense.label]
+
+    def defended(self, defense: Method) -> LVLM:
+        """The model that answers under a defence: with its weights, if it has any."""
+        encoder = self.guard(defense).encoder
+        if encoder is None:
+            return self.model
+        if defense.label not in self._hardened:
+            self._hardened[defense.label] = encoder.harden(self.model)
+        return self._hardened[defense.label]
 
     def compressor(self, compression: Method, defense: Method) -> Compressor:
         """The compressor as it is deployed: with a selection defence in it."""
         plain: Compressor = self.instance(compression)
-        if self._kind(defense) != "selection":
+        if not self.guard(defense).selections:
             return plain
         key = (compression.label, defense.label)
         if key not in self._protected:
             # Its draws are not those of the compressor, nor any an attacker can know.
             salt = seed_of(self._seed, digest(defense.spec)[:12], "salt")
-            self._protected[key] = self.instance(defense).protect(plain, salt)
+            self._protected[key] = self.guard(defense).protect(plain, salt)
         return self._protected[key]
 
-    def decoding(self, defense: Method) -> Decoding | None:
-        """How answers are decoded under a defence; None for the model's own way."""
-        if self._kind(defense) != "decoding":
-            return None
-        found: Decoding = self.instance(defense)
-        return found
-
     def acts(self, defense: Method, *, compressed: bool) -> bool:
-        """Whether a defence changes anything on a path; one of the selection is in the compressor.
+        """Whether a defence changes an answer on a path.
 
         Args:
             defense: any, `none` too.
             compressed: which path.
         """
-        kind = self._kind(defense)
-        return kind != "none" and (compressed or kind != "selection")
+        return self.guard(defense).acts(compressed=compressed)
 
     def imposes_clean(self, defense: Method) -> bool:
         """Whether the clean picture's selection is imposed on the attacked one."""
-        return self._kind(defense) == "selection" and bool(self.instance(defense).clean_ranking)
+        return self.guard(defense).imposes_clean
 
-    @staticmethod
-    def _kind(defense: Method) -> str:
-        return str(defense.signature.facts.get("kind", "input"))
-
-    def _seeds(self, method: Method, shots: Iterable[Shot]) -> list[int]:
-        what = digest(method.spec)[:12]
+    def _seeds(
+        self, method: Method, shots: Iterable[Shot], part: int = 0, draw: int = 0
+    ) -> list[int]:
+        what = digest(method.spec)[:12] + (f"/{part}/{draw}" if part or draw else "")
         return [seed_of(self._seed, what, shot.sample.id) for shot in shots]
 
     def images(self, shots: Sequence[Shot]) -> Tensor:
@@ -233,6 +266,68 @@ class Asker:
         if not shot.sample.evidence:
             return None
         return evidence_tokens(self.places(shot), shot.sample.evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Pictures and questions ready for a model.
+
+    Attributes:
+        model: that answers.
+        shots: B of them.
+        images: ``[B, 3, H, W]`` as a defence of the image has left them.
+        draws: one per shot, for a decoding method that draws.
+        how: else answers are made.
+    """
+
+    model: LVLM
+    shots: Sequence[Shot]
+    images: Tensor
+    draws: Sequence[int]
+    how: Mapping[str, Any]
+
+    def replies(
+        self,
+        rows: Sequence[int],
+        compressor: Compressor | None,
+        seeds: Sequence[int] | None,
+        forced: Sequence[Selection] | None,
+    ) -> list[Reply]:
+        """Of some of the shots, all with one compressor or with none."""
+        how = dict(self.how)
+        if "decoding" in how:
+            how["draws"] = [self.draws[row] for row in rows]
+        if compressor is not None:
+            how |= {"compressor": compressor, "kept": forced, "seeds": seeds}
+        whole = len(rows) == len(self.shots)
+        images = self.images if whole else self.images[list(rows)]
+        samples = [self.shots[row].sample for row in rows]
+        answered = self.model.answer(images, [one.question for one in samples], **how)
+        return [_reply(answered, place, sample) for place, sample in enumerate(samples)]
+
+    def routed(
+        self,
+        routes: Sequence[Compressor | None],
+        deployed: Compressor,
+        seeds: Sequence[int],
+        deciding: float,
+    ) -> list[Reply]:
+        """Of all shots, each with the compressor it was given; equal ones in one batch.
+
+        Args:
+            routes: one per shot.
+            deployed: the compressor; any other is a fall-back.
+            seeds: one per shot.
+            deciding: seconds that finding the routes took, per shot.
+        """
+        found: dict[int, Reply] = {}
+        for route in dict.fromkeys(routes):
+            rows = [row for row, one in enumerate(routes) if one == route]
+            chosen = None if route is None else [seeds[row] for row in rows]
+            for row, reply in zip(rows, self.replies(rows, route, chosen, None), strict=True):
+                fell = route != deployed
+                found[row] = replace(reply, seconds=reply.seconds + deciding, fallback=fell)
+        return [found[row] for row in range(len(routes))]
 
 
 def _reply(answered: Answered, row: int, sample: Sample) -> Reply:

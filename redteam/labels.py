@@ -56,6 +56,9 @@ def short(kind: str, name: str, options: Mapping[str, Any]) -> str:
             return str(options["checkpoint"])
         model = str(options.get("model", ""))
         return PurePath(model).name[:48] or name
+    if "stack" in options:
+        names = " + ".join(str(member["type"]) for member in options["stack"])
+        return f"{names} ({UNVERIFIED})"
     if kind == "defenses" and name != "none":
         return f"{name} ({UNVERIFIED})"
     if kind != "compressors":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from redteam.errors import InstallationError
 
 if TYPE_CHECKING:
+    from defenses.base import Defense
     from targets.compression.base import Compressor
     from targets.lvlm import LVLM
 
@@ -141,3 +142,29 @@ class Composition:
         from targets.compression.pipeline import Pipeline
 
         return Pipeline(stages=tuple(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """Several defences deployed together; written ``{stack: [robust_encoder, hybrid]}``.
+
+    Args:
+        stack: defences as entries of their own, in the order they act; at most one each of those
+            that change weights, decoding or the number of tokens, or that rank other views.
+    """
+
+    name: ClassVar[str] = "stack"
+    kind: ClassVar[str] = "stack"
+
+    stack: tuple[str, ...]
+
+    @staticmethod
+    def of(members: Sequence[Defense]) -> Defense:
+        """The defences as one.
+
+        Raises:
+            DefenseError: if they cannot act together.
+        """
+        from defenses.stack import Stack
+
+        return Stack(members=tuple(members))

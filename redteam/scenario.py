@@ -23,8 +23,8 @@ from redteam.gates import resolve_gates
 from redteam.labels import assign_labels, without_mark
 from redteam.signature import Signature, signature
 from redteam.validation import (
+    COMPOSED,
     DRAWS,
-    PIPELINE,
     AnswerOptions,
     ChecksOptions,
     EngineOptions,
@@ -91,24 +91,28 @@ class Method:
         Raises:
             ScenarioError: if the class refuses its options.
         """
-        options = dict(self.options)
-        for key in self.signature.facts.get("paths", ()):
-            local = self.folder / Path(str(options[key])).expanduser()
-            if options[key] is not None and local.exists():
-                options[key] = str(local)
         cls = load(find(self.kind, self.type))
+        composed = COMPOSED.get(self.kind)
         try:
-            if self.type == PIPELINE:
-                return cls.of([self._part(one) for one in options["stages"]])
-            return cls(**options)
+            if composed and self.type == composed.type:
+                return cls.of([self._part(one) for one in self.options[composed.key]])
+            return cls(**self._local(self.type, self.options))
         except Exception as error:
             # Methods of other packages may raise anything here; all of it is about the options.
             raise ScenarioError([self.problem(str(error))]) from error
 
-    @staticmethod
-    def _part(stage: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a compressor
-        options = {key: value for key, value in stage.items() if key != "type"}
-        return load(find("compressors", stage["type"]))(**options)
+    def _part(self, member: Mapping[str, Any]) -> Any:  # noqa: ANN401 - one of its kind
+        options = {key: value for key, value in member.items() if key != "type"}
+        return load(find(self.kind, member["type"]))(**self._local(member["type"], options))
+
+    def _local(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a type with paths as they are on this machine."""
+        found = dict(options)
+        for key in signature(find(self.kind, name)).facts.get("paths", ()):
+            local = self.folder / Path(str(found[key])).expanduser()
+            if found[key] is not None and local.exists():
+                found[key] = str(local)
+        return found
 
     def problem(self, message: str, *, allowed: str = "", hint: str = "") -> Problem:
         """A problem with this method."""

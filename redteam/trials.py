@@ -148,7 +148,12 @@ def _demand(reply: Reply, places: Places) -> Demand:
     tokens = every if reply.left is None else reply.left
     if tokens == every and reply.kept is not None:
         tokens = int(reply.kept.kept.sum())
-    return Demand(tokens=tokens, generated=reply.generated, seconds=round(reply.seconds, 6))
+    return Demand(
+        tokens=tokens,
+        generated=reply.generated,
+        seconds=round(reply.seconds, 6),
+        fallback=reply.fallback,
+    )
 
 
 def _swap(swapped: Swapped | None) -> Swap | None:

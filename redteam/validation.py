@@ -60,8 +60,30 @@ Items = Annotated[list[Any], Len(1)]
 
 DRAWS: Final = 20
 """Draws of a random defence in each call of an adaptive attack, unless asked for others."""
-PIPELINE: Final = "pipeline"
-"""Type of a compression that is a list of stages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A method that is made of others of its kind.
+
+    Attributes:
+        type: its name in the catalogue.
+        key: under which they are listed.
+        one: of them, for messages.
+        words: what they are, for messages.
+    """
+
+    type: str
+    key: str
+    one: str
+    words: str
+
+
+COMPOSED: Final[Mapping[Kind, Composed]] = {
+    "compressors": Composed("pipeline", "stages", "stage", "compressors"),
+    "defenses": Composed("stack", "stack", "member", "defences"),
+}
+"""Of each kind that has one, the method that is a list of others."""
 
 
 class Gate(BaseModel):
@@ -184,8 +206,9 @@ def check_method(kind: Kind, raw: object, location: Location, findings: Findings
             location, f"{shown(raw)} is not allowed", allowed="a mapping with a type, or a type"
         )
         return None
-    if kind == "compressors" and "stages" in raw and raw.get("type", PIPELINE) == PIPELINE:
-        return _pipeline(raw, location, findings)
+    composed = COMPOSED.get(kind)
+    if composed and composed.key in raw and raw.get("type", composed.type) == composed.type:
+        return _composed(kind, composed, raw, location, findings)
     name, where = raw.get("type"), (*location, "type")
     try:
         entry = known.get(name) or of_library(kind, name) if isinstance(name, str) else None
@@ -238,37 +261,48 @@ def _without_ours(
     return {key: value for key, value in raw.items() if key not in OURS}
 
 
-def _pipeline(raw: Mapping[str, Any], location: Location, findings: Findings) -> Raw | None:
-    """Compressors one after the other: each stage is checked like an entry of its own."""
+def _composed(
+    kind: Kind, what: Composed, raw: Mapping[str, Any], location: Location, findings: Findings
+) -> Raw | None:
+    """Methods that act together: each is checked like an entry of its own."""
     before = len(findings.problems)
     for key in raw:
-        if key not in ("type", "name", "stages"):
+        if key not in ("type", "name", what.key):
             findings.add(
                 (*location, str(key)),
-                f"{shown(key)} is not an option of a list of stages",
-                allowed="name and stages; options stand at each stage",
+                f"{shown(key)} is not an option of a list of {what.one}s",
+                allowed=f"name and {what.key}; options stand at each {what.one}",
             )
-    stages, name = raw["stages"], raw.get("name")
-    if not isinstance(stages, list) or not stages:
+    members, name = raw[what.key], raw.get("name")
+    if not isinstance(members, list) or not members:
         findings.add(
-            (*location, "stages"),
-            f"{shown(stages)} is not allowed",
-            allowed="a list of compressors, each with a type, in the order they act",
+            (*location, what.key),
+            f"{shown(members)} is not allowed",
+            allowed=f"a list of {what.words}, each with a type, in the order they act",
         )
         return None
     if name is not None and (not isinstance(name, str) or not name.strip()):
         findings.add((*location, "name"), f"{shown(name)} is not allowed", allowed="a text")
+    if kind == "defenses":
+        members = [{"type": one} if isinstance(one, str) else one for one in members]
     parts = [
-        check_method("compressors", one, (*location, "stages", index), findings)
-        for index, one in enumerate(stages)
+        check_method(kind, one, (*location, what.key, index), findings)
+        for index, one in enumerate(members)
     ]
     for index, part in enumerate(parts):
-        if part is not None and part.type == PIPELINE:
-            findings.add((*location, "stages", index), "stages inside stages are not allowed")
+        inside = (*location, what.key, index)
+        if part is not None and part.type == what.type:
+            findings.add(inside, f"{what.key} inside {what.key} {_are(what.key)} not allowed")
+        if part is not None and part.type == "none":
+            findings.add(inside, "none is no defence", hint="list it beside the stack")
     if len(findings.problems) > before:
         return None
-    options = {"stages": tuple({"type": part.type, **part.options} for part in parts if part)}
-    return Raw("compressors", PIPELINE, options, name or "", None, location)
+    options = {what.key: tuple({"type": part.type, **part.options} for part in parts if part)}
+    return Raw(kind, what.type, options, name or "", None, location)
+
+
+def _are(word: str) -> str:
+    return "are" if word.endswith("s") else "is"
 
 
 def _tuples(raw: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:

@@ -126,6 +126,8 @@ class Demand(_Record):
     """Tokens of the answer, the end token included where it came."""
     seconds: float
     """A sample's equal share of its batch, whose longest answer decides."""
+    fallback: bool = False
+    """Whether a defence gave the request more tokens than its compressor keeps."""
 
 
 class Demands(_Record):

@@ -290,6 +290,8 @@ class LVLM:
         compressor: Compressor | None = None,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        decoding: Decoding | None = None,
+        draw: int = 0,
     ) -> ImageView:
         """What an attacker with this knowledge may use; anything else raises `KnowledgeError`.
 
@@ -298,6 +300,9 @@ class LVLM:
             compressor: the one in use, if the attacker knows it or asks the target that has it.
                 Without it a white-box view has no `rank` and no compressed path of its own.
             max_new_tokens: most tokens of an answer to `ask`.
+            decoding: how answers are decoded, and by which distribution they are scored; None is
+                the model's own way. What shows no answer (`encode`, `rank` …) is as without it.
+            draw: of a decoding method that draws, the same for all samples.
 
         Raises:
             KnowledgeError: for knowledge under which nothing of this model is granted, or
@@ -307,10 +312,15 @@ class LVLM:
         def ask(images: Tensor, questions: tuple[str, ...], compressed: bool) -> tuple[str, ...]:
             using = compressor if compressed else None
             return self.answer(
-                images, questions, compressor=using, max_new_tokens=max_new_tokens
+                images,
+                questions,
+                compressor=using,
+                max_new_tokens=max_new_tokens,
+                decoding=decoding,
+                draws=None if decoding is None else [draw] * len(images),
             ).texts
 
-        return make_view(self._passes, Knowledge(knowledge), compressor, ask)
+        return make_view(self._passes, Knowledge(knowledge), compressor, ask, decoding, draw)
 
     def surrogate(self, name: str) -> Surrogate:
         """This model as another attacker's surrogate: everything it computes, no compressor."""

@@ -27,6 +27,7 @@ from targets.base import (
     includes,
 )
 from targets.compression.base import Compressor
+from targets.decoding.base import Decoding
 from targets.errors import KnowledgeError
 from targets.passes import Passes
 
@@ -127,7 +128,12 @@ def denial(name: str, knowledge: Knowledge) -> str:
 
 
 def make_view(
-    passes: Passes, knowledge: Knowledge, compressor: Compressor | None, ask: Ask
+    passes: Passes,
+    knowledge: Knowledge,
+    compressor: Compressor | None,
+    ask: Ask,
+    decoding: Decoding | None = None,
+    draw: int = 0,
 ) -> ImageView:
     """The view for a knowledge; see `targets.lvlm.LVLM.view`."""
     if knowledge is Knowledge.SURROGATE:
@@ -135,7 +141,7 @@ def make_view(
             "knowledge 'surrogate' grants no view of the target itself; give other models' views "
             "to targets.views.OtherModels"
         )
-    calls = _Calls(passes, knowledge, compressor, ask)
+    calls = _Calls(passes, knowledge, compressor, ask, decoding, draw)
     if knowledge in (Knowledge.COMPRESSED, Knowledge.QUERY, Knowledge.SCORES):
         calls.known(f"knowledge {knowledge.value!r}")
     granted = {name: getattr(calls, name) for name in CALLS}
@@ -146,10 +152,23 @@ class _Calls:
     """Every call of `targets.base.CALLS` on one target."""
 
     def __init__(
-        self, passes: Passes, knowledge: Knowledge, compressor: Compressor | None, ask: Ask
+        self,
+        passes: Passes,
+        knowledge: Knowledge,
+        compressor: Compressor | None,
+        ask: Ask,
+        decoding: Decoding | None,
+        draw: int,
     ) -> None:
         self._passes, self._knowledge = passes, knowledge
         self._compressor, self._ask = compressor, ask
+        self._decoding, self._draw = decoding, draw
+
+    def decoded(self, images: Tensor) -> dict[str, Any]:
+        """How answers are scored: by the method they are decoded by, if it is not the model's."""
+        if self._decoding is None:
+            return {}
+        return {"decoding": self._decoding, "draws": (self._draw,) * len(images)}
 
     def known(self, what: str, under: Compressor | None = None) -> Compressor:
         """The compressor imagined, or the one in use."""
@@ -210,7 +229,7 @@ class _Calls:
         under: Compressor | None = None,
     ) -> Continuation:
         using = self.on(path, "view.continuation", under)
-        return self._passes.continuation(images, questions, length, using)
+        return self._passes.continuation(images, questions, length, using, **self.decoded(images))
 
     def generation(
         self,
@@ -222,6 +241,11 @@ class _Calls:
         straight_through: bool = False,
         under: Compressor | None = None,
     ) -> Generation:
+        if self._decoding is not None:
+            raise KnowledgeError(
+                "view.generation shows the model's own distributions and hidden states; under "
+                f"decoding method {self._decoding.name!r} answers are scored by view.answer_nll"
+            )
         using = self.on(path, "view.generation", under)
         return self._passes.generation(
             images, questions, said, using, straight_through=straight_through
@@ -248,7 +272,12 @@ class _Calls:
         # gone, so they get gradient through θ only.
         using = self.on(path, "view.answer_nll", under)
         return self._passes.nll(
-            images, questions, answers, using, straight_through=straight_through
+            images,
+            questions,
+            answers,
+            using,
+            straight_through=straight_through,
+            **self.decoded(images),
         )
 
     def answer_logprobs(
@@ -261,7 +290,9 @@ class _Calls:
         under: Compressor | None = None,
     ) -> tuple[Tensor, Tensor]:
         using = self.on(path, "view.answer_logprobs", under)
-        found, talk = self._passes.answer_logprobs(images, questions, answers, using)
+        found, talk = self._passes.answer_logprobs(
+            images, questions, answers, using, **self.decoded(images)
+        )
         return found, talk.real
 
     def full_and_rank(
@@ -273,7 +304,9 @@ class _Calls:
         under: Compressor | None = None,
     ) -> tuple[Tensor, Tensor, Ranking]:
         using = self.known("view.full_and_rank", under)
-        found, talk, ranking = self._passes.full_and_rank(images, questions, answers, using)
+        found, talk, ranking = self._passes.full_and_rank(
+            images, questions, answers, using, **self.decoded(images)
+        )
         return found, talk.real, ranking
 
     def path_margins(
@@ -287,7 +320,12 @@ class _Calls:
     ) -> PathMargins:
         using = self.known("view.path_margins", under)
         return self._passes.path_margins(
-            images, questions, answers, using, full_gradient=full_gradient
+            images,
+            questions,
+            answers,
+            using,
+            full_gradient=full_gradient,
+            **self.decoded(images),
         )
 
     def option_logprobs(
@@ -301,7 +339,12 @@ class _Calls:
     ) -> Tensor:
         using = self.on(path, "view.option_logprobs")
         return self._passes.option_logprobs(
-            images, questions, options, using, straight_through=straight_through
+            images,
+            questions,
+            options,
+            using,
+            straight_through=straight_through,
+            **self.decoded(images),
         )
 
     def option_passes(
@@ -331,7 +374,9 @@ class _Calls:
     ) -> Tensor:
         using = self.on("compressed", "view.option_scores")
         with torch.no_grad():
-            return self._passes.option_logprobs(_as_file(images), questions, options, using)
+            return self._passes.option_logprobs(
+                _as_file(images), questions, options, using, **self.decoded(images)
+            )
 
 
 def _as_file(images: Tensor) -> Tensor:

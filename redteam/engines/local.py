@@ -102,15 +102,21 @@ class LocalEngine:
             PlanError: if a target cannot be loaded or a compression does not fit it.
         """
         targets, others = {}, {}
+        hardened: dict[str, dict[str, Any]] = {}
         for surrogate in self._plan.scenario.surrogates:
             others[surrogate.label] = dict(self._surrogate(surrogate).identity)
         for target in reversed(self._plan.scenario.targets):
-            model = self._open(target).model
-            self._try(target, model)
-            targets[target.label] = dict(model.identity)
+            asker = self._open(target)
+            self._try(target, asker.model)
+            targets[target.label] = dict(asker.model.identity)
+            for defense in self._plan.scenario.defenses:
+                if asker.guard(defense).encoder is not None:
+                    identity = dict(asker.defended(defense).identity)
+                    hardened.setdefault(target.label, {})[defense.label] = identity
         return {
             "targets": targets,
             **({"surrogates": others} if others else {}),
+            **({"hardened": hardened} if hardened else {}),
             "data": self._samples.identity,
             "device": self.device.partition(":")[0],
         }
@@ -148,18 +154,24 @@ class LocalEngine:
         attacked = self._attack(asker, group, block, store)
         shots = {index: one.shot for index, one in good(attacked).items()}
         full: dict[str, Replies] = {}
+        compressed: dict[tuple[str, str], Replies] = {}
         trials: list[Trial] = []
         for planned in group.cells:
             defense = planned.defense
             acting = defense.label if asker.acts(defense, compressed=False) else ""
             if acting not in full:
                 full[acting] = asker.ask(shots, None, defense, "attacked, all tokens")
+            all_tokens = full[acting]
             clean = self._clean(asker, block, planned.compression, defense)
+            acting = defense.label if asker.acts(defense, compressed=True) else ""
+            key = (planned.compression.label, acting)
+            if key not in compressed:
+                compressed[key] = self._compressed(asker, planned, shots, clean)
             replies = [
                 self._clean(asker, block, None, defense),
                 clean,
-                full[acting],
-                self._compressed(asker, planned, shots, clean),
+                all_tokens,
+                compressed[key],
             ]
             trials += self._trials(asker, unit, planned, attacked, replies)
         return trials
@@ -202,6 +214,8 @@ class LocalEngine:
 
     def _try(self, target: Method, model: LVLM) -> None:
         """One short answer per compression: what does not fit is found before anything is spent."""
+        from defenses.base import DefenseError
+
         asker = self._open(target)
         for compression in self._plan.scenario.compressions:
             try:
@@ -213,12 +227,14 @@ class LocalEngine:
                 message = f"does not fit target {target.label!r}: {error}"
                 raise PlanError(str(compression.problem(message))) from error
             for defense in self._plan.scenario.defenses:
+                guard = asker.guard(defense)
                 try:
+                    hardened = asker.defended(defense)
                     protected = asker.compressor(compression, defense)
-                    decoding = asker.decoding(defense)
-                    if decoding is not None or protected is not asker.instance(compression):
-                        self._answer_once(model, protected, decoding)
-                except TargetError as error:
+                    plain = protected is asker.instance(compression) and hardened is model
+                    if guard.decoding is not None or not plain:
+                        self._answer_once(hardened, protected, guard.decoding)
+                except (TargetError, DefenseError) as error:
                     message = f"does not fit {compression.label} on {target.label!r}: {error}"
                     raise PlanError(str(defense.problem(message))) from error
 
@@ -362,11 +378,21 @@ class LocalEngine:
         if adapted is not None:
             attack = adapted.attack
         known = None if group.known is None else asker.instance(group.known)
+        through = adapted is not None and group.defense is not None and adapted.through
+        model = asker.defended(group.defense) if through and group.defense else asker.model
 
-        def view(compressor: Compressor | None) -> ImageView:
-            return asker.model.view(attack.needs, compressor, max_new_tokens=asker.max_new_tokens)
+        def view(
+            compressor: Compressor | None, decoding: Decoding | None = None, draw: int = 0
+        ) -> ImageView:
+            return model.view(
+                attack.needs,
+                compressor,
+                max_new_tokens=asker.max_new_tokens,
+                decoding=decoding,
+                draw=draw,
+            )
 
-        if adapted is None or group.defense is None or not adapted.through:
+        if group.defense is None or not through:
             return attack, view(known)
         from defenses.adaptive import defended
 

@@ -42,7 +42,7 @@ def test_the_source_says_what_the_class_says(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", EVERYTHING)
 def test_defaults_are_within_their_own_bounds(entry: Entry) -> None:
     given: dict[str, object] = {"type": entry.name}
-    examples = {"model": "x", "path": "x", "layer": 2, "stages": ("fastv",)}
+    examples = {"model": "x", "path": "x", "layer": 2, "stages": ("fastv",), "stack": ("sid",)}
     for option in signature(entry).options.values():
         if option.default is REQUIRED:
             given[option.name] = examples[option.name]

@@ -85,6 +85,8 @@ def test_the_base_of_a_kind_sets_it() -> None:
         "decoding",
         "encoder",
         "detector",
+        "fallback",
+        "stack",
     }
 
 
