@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
@@ -64,7 +64,7 @@ class MeteredView:
             )
         self.knowledge = knowledge
         # A defence inside the view may look several times at each picture.
-        counter = _Counter(meter, getattr(view, "passes", 1))
+        counter = _Counter(meter, getattr(view, "passes_in", _once))
         for name, needed in CALLS.items():
             if includes(knowledge, needed) and hasattr(view, name):
                 self.__dict__[name] = Sealed(counter.counted(name, view))
@@ -83,11 +83,11 @@ class _Counter:
 
     Attributes:
         meter: receives the counts.
-        looks: passes of a picture for each that an attack makes.
+        looks: passes of a picture in a call of a name with these keywords.
     """
 
     meter: Meter
-    looks: int = 1
+    looks: Callable[[str, Mapping[str, Any]], int]
 
     def counted(self, name: str, view: Any) -> Callable[..., Any]:  # noqa: ANN401 - any view
         """A call of a view that counts its images first."""
@@ -95,12 +95,13 @@ class _Counter:
         if name in _FREE:
             return call
         if name in _TWICE:
-            return functools.partial(self._both, call)
+            return functools.partial(self._both, name, call)
 
         passes = _Passes(view) if name == "option_logprobs" else None
 
         def metered(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of any call
             times = 1 if passes is None else passes.of(images, *args, **kwargs)
+            times *= self.looks(name, kwargs)
             return call(self._count(name, images, times), *args, **kwargs)
 
         return metered
@@ -115,32 +116,40 @@ class _Counter:
         if call in _QUERIES:
             self.meter.queries += len(images)
             return images
-        self.meter.forwards += passes * self.looks * len(images)
+        self.meter.forwards += passes * len(images)
         return self._watched(images, passes)
 
     def _both(
         self,
+        name: str,
         call: Callable[..., PathMargins],
         images: Tensor,
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> PathMargins:
         """A call that looks at both paths; gradients are counted where they enter each of them."""
-        self.meter.forwards += 2 * self.looks * len(images)
+        looks = self.looks(name, kwargs)
+        self.meter.forwards += 2 * looks * len(images)
         found = call(images, *args, **kwargs)
-        return PathMargins(self._watched(found.full), self._watched(found.compressed))
+        return PathMargins(self._watched(found.full, looks), self._watched(found.compressed, looks))
 
-    def _watched(self, values: Tensor, passes: int = 1) -> Tensor:
+    def _watched(self, values: Tensor, passes: int) -> Tensor:
         """An alias whose gradient, ``[B, …]``, counts so many backward passes of B images."""
         if not values.requires_grad:
             return values
         alias = values.view_as(values)  # a hook on `values` itself would fire for every pass
-        hook = functools.partial(self._count_backward, passes * self.looks)
+        hook = functools.partial(self._count_backward, passes)
         alias.register_hook(hook)  # type: ignore[no-untyped-call]
         return alias
 
     def _count_backward(self, passes: int, gradient: Tensor) -> None:
         self.meter.backwards += passes * len(gradient)
+
+
+def _once(name: str, given: Mapping[str, Any]) -> int:
+    """Passes in a call of a view without a defence in it."""
+    del name, given
+    return 1
 
 
 class _Passes:

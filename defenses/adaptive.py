@@ -10,7 +10,7 @@ transformation, Athalye et al., arXiv 1707.07397), fresh ones in each call.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, cast
 
@@ -34,6 +34,8 @@ _PLAIN: Final = frozenset(
 """Calls that look at no pictures."""
 _ONCE: Final = frozenset({"ask", "option_scores", "continuation"})
 """Calls that answer as the deployed target does: one draw, and nothing to take a mean of."""
+_BY_PATH: Final = frozenset({"answer_nll", "answer_logprobs", "option_logprobs", "generation"})
+"""Calls that take a path, all tokens unless told otherwise."""
 _BY_TOWER: Final = frozenset({"encode", "layers"})
 """Calls that show what the vision tower finds important."""
 
@@ -52,14 +54,17 @@ class DefendedView(View):
     """A view of the target with a defence in it; made by `defended`.
 
     Attributes:
-        passes: passes of one picture through a model in each call.
+        passes_in: passes of one picture through a model in a call of a name with these keywords.
     """
 
     def __init__(
-        self, knowledge: Knowledge, calls: dict[str, Callable[..., Any]], passes: int
+        self,
+        knowledge: Knowledge,
+        calls: dict[str, Callable[..., Any]],
+        passes_in: Callable[[str, Mapping[str, Any]], int],
     ) -> None:
         super().__init__(knowledge, calls)
-        self.passes = passes
+        self.passes_in = passes_in
 
 
 def passes_of(defense: Defense, draws: int) -> int:
@@ -112,7 +117,11 @@ def defended(
     calls = {
         name: through.call(name) for name, needed in CALLS.items() if includes(knowledge, needed)
     }
-    return cast(ImageView, DefendedView(knowledge, calls, passes_of(defense, draws)))
+
+    def passes_in(name: str, given: Mapping[str, Any]) -> int:
+        return through.fewer(name, given) or passes_of(defense, draws)
+
+    return cast(ImageView, DefendedView(knowledge, calls, passes_in))
 
 
 def _in_the_graph(guard: Guard) -> tuple[SelectionDefense, ...]:
@@ -144,6 +153,8 @@ class _Through:
         guard = Guard.of(defense)
         self._guard = replace(guard, selections=_in_the_graph(guard))
         self._random, self._draws = _random(defense, guard), draws
+        drawing = (guard.decoding, *guard.inputs)
+        self._everywhere_alike = not any(one is not None and one.draws for one in drawing)
         self._called = 0
         self._protected(compressor, 0)  # what does not go together is refused here
 
@@ -154,13 +165,42 @@ class _Through:
 
         def through(images: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             self._called += 1
-            count = self._draws if self._random and name not in _ONCE else 1
             if name == "ask" and self._guard.votes > 1:
                 return self._vote(images, *args, **kwargs)
-            salts = [drawn("adaptive", self._called, one) for one in range(count)]
+            once = name in _ONCE or not self._random or self._of_all_tokens(name, kwargs)
+            salts = [
+                drawn("adaptive", self._called, one) for one in range(1 if once else self._draws)
+            ]
+            if name == "full_and_rank" and self._everywhere_alike:
+                return self._with_ranks(salts, images, *args, **kwargs)
             return mean_of([self._once(name, salt, images, *args, **kwargs) for salt in salts])
 
         return through
+
+    def fewer(self, name: str, kwargs: Mapping[str, Any]) -> int | None:
+        """Passes in a call that looks at neither draws nor views; None for all others."""
+        if not self._of_all_tokens(name, kwargs):
+            return None
+        return 1 if self._guard.decoding is None else 1 + len(self._guard.decoding.views())
+
+    def _of_all_tokens(self, name: str, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call looks at the path with all tokens, where no draw changes anything."""
+        return self._everywhere_alike and name in _BY_PATH and kwargs.get("path", "full") == "full"
+
+    def _with_ranks(
+        self,
+        salts: Sequence[int],
+        images: Tensor,
+        questions: tuple[str, ...],
+        answers: tuple[str, ...],
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor, Ranking]:
+        """`full_and_rank`, the path with all tokens run once for all draws of the selection."""
+        first, *rest = salts
+        found = self._once("full_and_rank", first, images, questions, answers, **kwargs)
+        logprobs, real, ranking = found
+        others = [self._once("rank", salt, images, questions, **kwargs) for salt in rest]
+        return logprobs, real, mean_of([ranking, *others])
 
     def _vote(self, images: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:  # noqa: ANN401
         """Answers as deployed: the majority over draws."""

@@ -14,22 +14,27 @@ from attacks.cage import CAGE
 from attacks.cira import CIRA
 from attacks.pgd import PGD
 from defenses.adaptive import defended, mean_of, passes_of
-from defenses.base import DefenseError, InputDefense
+from defenses.base import AdaptiveRoute, DefenseError, InputDefense
+from defenses.guard import Guard
 from defenses.hybrid import Hybrid
 from defenses.oracle import Oracle
+from defenses.pai import PAI
 from defenses.random_floor import RandomFloor
 from defenses.rank_fusion import RankFusion
 from defenses.resize_pad import ResizePad
 from defenses.score_smoothing import ScoreSmoothing
 from defenses.selection import Protected, SelectionDefense, rank_quantiles
+from defenses.sid import SID
+from defenses.stack import Stack
 from defenses.translation_consensus import TranslationConsensus, translated
+from defenses.vasparse import VASparse
 from targets import passes
 from targets.base import Batch, Knowledge, Ranking
 from targets.compression import FasterVLM, FastV, VisionZip, compress
 from targets.compression.base import Compressor
 from targets.compression.pipeline import Pipeline
 from targets.compression.scoring import top_k_mask
-from targets.errors import CompressionError
+from targets.errors import CompressionError, KnowledgeError
 from targets.lvlm import LVLM
 
 COUNT = 2
@@ -330,7 +335,7 @@ def test_an_input_defence_is_in_front_of_every_call(target: LVLM, images: Tensor
     shown.clear()
     one.ask(images, QUESTIONS)
     assert len(shown) == 1, "a deployed target draws once a question"
-    assert one.passes == passes_of(defense, 3) == 3
+    assert one.passes_in("rank", {}) == passes_of(defense, 3) == 3
     attack = PGD(steps=2)
     view = through(target, defense, attack.needs, None, 2)
     found = attack(view, batch(images), 8 / 255, SEEDS)
@@ -365,3 +370,120 @@ def test_every_defence_can_be_an_input_or_a_selection() -> None:
         assert not isinstance(defense, InputDefense)
         assert defense.verifiable
         assert passes_of(defense, 4) == (1 + defense.looks) * (4 if defense.draws else 1)
+
+
+# Decoders, stacks and what need not be repeated --------------------------------------------------
+
+
+def made(target: LVLM, needs: Knowledge) -> Any:
+    def make(compressor: Compressor | None, decoding: Any = None, draw: int = 0) -> Any:
+        return target.view(needs, compressor, decoding=decoding, draw=draw)
+
+    return make
+
+
+def against(target: LVLM, defense: Any, plain: Compressor | None, draws: int = 2) -> Any:
+    needs = Knowledge.WHITE_BOX
+    how: dict[str, Any] = {"compressor": plain, "layout": target.layout, "draws": draws}
+    return defended(made(target, needs), needs, defense, **how)
+
+
+@pytest.mark.parametrize("path", ["full", "compressed"])
+@pytest.mark.parametrize("decoding", [PAI(), SID(), VASparse()], ids=lambda one: one.name)
+def test_answers_are_scored_as_they_are_decoded(
+    decoding: Any, path: str, target: LVLM, images: Tensor
+) -> None:
+    plain = FastV(layer=1, keep_tokens=9)
+    view = against(target, decoding, plain)
+    live = images.clone().requires_grad_()
+    found = view.answer_nll(live, QUESTIONS, ANSWERS, path=path)
+    wanted = target.answer_logprob(
+        images,
+        QUESTIONS,
+        ANSWERS,
+        compressor=plain if path == "compressed" else None,
+        decoding=decoding,
+    )
+    undecoded = target.view(Knowledge.WHITE_BOX, plain).answer_nll(  # type: ignore[attr-defined]
+        images, QUESTIONS, ANSWERS, path=path
+    )
+    logprobs, real = view.answer_logprobs(images, QUESTIONS, ANSWERS, path=path)
+    torch.testing.assert_close(found * real.sum(1), -wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, undecoded)
+    assert logprobs.shape[0] == COUNT
+    (gradient,) = torch.autograd.grad(found.sum(), live)
+    assert bool(gradient.isfinite().all())
+    assert bool((gradient.flatten(1).abs().amax(1) > 0).all())
+
+
+def test_a_decoder_hides_distributions_that_are_not_its_own(target: LVLM, images: Tensor) -> None:
+    view = against(target, PAI(), None)
+    said = view.continuation(images, QUESTIONS, length=2)
+    with pytest.raises(KnowledgeError, match=r"under decoding method 'pai'"):
+        view.generation(images, QUESTIONS, said)
+
+
+def test_a_stack_is_its_members_one_after_the_other(target: LVLM, images: Tensor) -> None:
+    plain = VisionZip(keep_tokens=9)
+    inside = Hybrid()
+    stack = Stack(members=(SpatialLike(), inside, PAI()))
+    guard = Guard.of(stack)
+    assert (len(guard.inputs), guard.selections, guard.decoding) == (1, (inside,), PAI())
+    shown = SpatialLike()(images, SEEDS)
+    wanted = target.view(Knowledge.WHITE_BOX, inside.protect(plain), decoding=PAI())
+    found = against(target, stack, plain).answer_nll(images, QUESTIONS, ANSWERS, path="compressed")
+    torch.testing.assert_close(
+        found,
+        wanted.answer_nll(shown, QUESTIONS, ANSWERS, path="compressed"),  # type: ignore[attr-defined]
+    )
+
+
+def test_two_selections_in_a_stack_both_act(target: LVLM, images: Tensor) -> None:
+    plain = VisionZip(keep_tokens=9)
+    first, second = TranslationConsensus(), Hybrid(diverse=0.5)
+    stack = Stack(members=(first, second))
+    one = Guard.of(stack).protect(plain, salt=3)
+    kept = [
+        target.answer(images, QUESTIONS, compressor=c, max_new_tokens=1).kept
+        for c in (one, first.protect(plain, 3), second.protect(plain, 3))
+    ]
+    assert torch.equal(kept[0].sum(1), kept[1].sum(1))  # type: ignore[union-attr]
+    assert not torch.equal(kept[0], kept[1])  # type: ignore[arg-type]
+    assert not torch.equal(kept[0], kept[2])  # type: ignore[arg-type]
+
+
+def test_the_path_with_all_tokens_is_run_once_for_all_draws(
+    target: LVLM, images: Tensor, opened: list[Compressor]
+) -> None:
+    plain, floor = VisionZip(keep_tokens=9), RandomFloor(rho=0.5)
+    view, runs = against(target, floor, plain, draws=5), 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    handle = target.family.layers[-1].register_forward_hook(count)
+    full = view.answer_nll(images, QUESTIONS, ANSWERS)
+    logprobs, _, ranking = view.full_and_rank(images, QUESTIONS, ANSWERS)
+    handle.remove()
+    assert runs == 2
+    assert len(opened) == 5, "five rankings, each under a draw of its own"
+    assert len({one.salt for one in opened if isinstance(one, Protected)}) == 5
+    plainly: Any = target.view(Knowledge.WHITE_BOX, plain)
+    torch.testing.assert_close(full, plainly.answer_nll(images, QUESTIONS, ANSWERS))
+    torch.testing.assert_close(logprobs, plainly.answer_logprobs(images, QUESTIONS, ANSWERS)[0])
+    assert torch.equal(ranking.kept.sum(1), plainly.rank(images, QUESTIONS).kept.sum(1))
+    assert view.passes_in("answer_nll", {"path": "full"}) == 1
+    assert view.passes_in("answer_nll", {"path": "compressed"}) == 5
+    assert view.passes_in("full_and_rank", {}) == 5
+
+
+class SpatialLike(InputDefense):
+    """Blurs; differentiable and without randomness."""
+
+    name = "blur"
+    adaptive = AdaptiveRoute.DIFFERENTIABLE
+
+    def transform(self, images: Tensor, generators: Any) -> Tensor:
+        del generators
+        return torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
