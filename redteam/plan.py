@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from redteam.adaptive import adapt, met
+from redteam.adaptive import NONE, adapt, met
 from redteam.capabilities import mismatches
 from redteam.errors import ScenarioError
 from redteam.scenario import Method, Scenario, digest
@@ -45,7 +45,7 @@ class ImageGroup:
         cells: what is evaluated on the images.
         queries: most questions to the target about one sample.
         surrogates: models the attack works on instead of the target.
-        defense: the defence an adaptive attack knows; None for all others.
+        defense: the defence an adaptive attack knows; None where there is none.
     """
 
     id: str
@@ -156,7 +156,20 @@ def make_plan(scenario: Scenario) -> Plan:
         for attack in scenario.attacks
         for group in _groups(scenario, target, attack)
     ]
-    return Plan(scenario, tuple(groups))
+    return Plan(scenario, tuple(_merged(groups)))
+
+
+def _merged(groups: Sequence[ImageGroup]) -> Iterator[ImageGroup]:
+    """Groups without those that would make the same images again.
+
+    Against no defence an adaptive attack is the attack itself, so where both are listed one image
+    serves both.
+    """
+    found: dict[str, list[ImageGroup]] = {}
+    for group in groups:
+        found.setdefault(group.id, []).append(group)
+    for same in found.values():
+        yield replace(same[0], cells=tuple(cell for group in same for cell in group.cells))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +213,7 @@ def _groups(scenario: Scenario, target: Method, attack: Method) -> Iterator[Imag
         adapted = adapt(attack, defense, own)
         groups = _groups_of(scenario, target, attack, adapted.attack, [defense], adapted.passes)
         for group in groups:
-            yield replace(group, defense=defense)
+            yield group if defense.type == NONE else replace(group, defense=defense)
 
 
 def _groups_of(
@@ -211,6 +224,7 @@ def _groups_of(
     defenses: Sequence[Method],
     passes: int = 1,
 ) -> Iterator[ImageGroup]:
+    knows = attack.adaptive and defenses[0].type != NONE
     for epsilon in attack.epsilons:
         traits = _traits(attack, instance, epsilon, passes)
         shared: Sequence[Sequence[Method]] = [scenario.compressions]
@@ -222,10 +236,10 @@ def _groups_of(
             made = {
                 # What works on other models makes the same images whatever the target is.
                 "target": [one.spec for one in others] or target.spec,
-                "attack": attack.spec,
+                "attack": attack.spec if knows else attack.plain_spec,
                 "epsilon": epsilon,
                 "compression": known.spec if known else None,
-                **({"defense": defenses[0].spec} if attack.adaptive else {}),
+                **({"defense": defenses[0].spec} if knows else {}),
             }
             yield ImageGroup(
                 id=digest(made)[:12],

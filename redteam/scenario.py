@@ -82,7 +82,12 @@ class Method:
     def spec(self) -> dict[str, Any]:
         """Type and options as plain JSON data; what ids and seeds are made of."""
         knows = {"adaptive": True, "draws": self.draws} if self.adaptive else {}
-        plain: dict[str, Any] = json.loads(json.dumps({"type": self.type, **self.options, **knows}))
+        return {**self.plain_spec, **knows}
+
+    @property
+    def plain_spec(self) -> dict[str, Any]:
+        """The same of an attack that adapts, as if it did not."""
+        plain: dict[str, Any] = json.loads(json.dumps({"type": self.type, **self.options}))
         return plain
 
     def create(self) -> Any:  # noqa: ANN401 - an instance of any method

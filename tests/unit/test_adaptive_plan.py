@@ -48,18 +48,21 @@ def test_images_of_an_adaptive_attack_belong_to_one_defence(load: Load) -> None:
         if group.defense is not None
     }
     assert met == {
-        ("caa adaptive", "none", 5),
         ("caa adaptive", "translation_consensus", 5 * 4),
         ("caa adaptive", "random_floor", 5 * 3),
-        ("cira adaptive", "none", 5),
         ("cira adaptive", "translation_consensus", 5 * 4),
     }
     for group in plan.groups:
-        defenses = {one.defense.label for one in group.cells}
-        if group.defense is None:
-            assert len(defenses) == 4, "one image serves all defences"
+        served = {(one.cell.attack, one.defense.label) for one in group.cells}
+        if group.defense is not None:
+            assert {defense for _, defense in served} == {group.defense.label}
+        elif group.attack.label == "cira adaptive":
+            assert served == {("cira adaptive", "none")}, "its control, with no plain form to share"
         else:
-            assert defenses == {group.defense.label}
+            plain = {one for one in served if one[0] == group.attack.label}
+            assert len(plain) == 4, "one image serves all defences"
+            control = {("caa adaptive", "none")} if group.attack.label == "caa" else set()
+            assert served - plain == control, "against no defence it is the attack itself"
     assert len({group.id for group in plan.groups}) == len(plan.groups)
     assert len({cell.id for cell in plan.cells}) == len(plan.cells)
     assert {cell.spec["attack"].get("draws") for cell in plan.cells} == {None, 3, 20}

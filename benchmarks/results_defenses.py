@@ -1,0 +1,352 @@
+"""Make docs/results/defenses.md: ``python benchmarks/results_defenses.py [--only selection]``.
+
+Runs (or resumes) `scenarios/defenses.yaml` in parts of several defences, each in a run folder of
+its own with the undefended control and the same attacks, and writes one page from their records;
+nothing in it is typed by hand. Ids and seeds of a cell depend on nothing else in a scenario, so the
+parts equal one long run; the images of attacks that know no defence are the same in all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from reports.measure import Row, measure, row_of
+from reports.statistics import wilson
+from reports.store import RunStore
+
+SCENARIO: Final = Path("scenarios/defenses.yaml")
+PARTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "selection": ("translation_consensus", "rank_fusion", "hybrid", "random_floor", "oracle"),
+    "views": ("score_smoothing", "sap", "rank_margin"),
+    "input": (
+        "resize_pad",
+        "gaussian_vote",
+        "art.JpegCompression",
+        "art.FeatureSqueezing",
+        "art.SpatialSmoothing",
+    ),
+    "decoding": ("beam", "vasparse", "vcd", "icd", "sid", "dola", "pai", "m3id", "opera"),
+    "encoder": ("robust_encoder", "stack"),
+}
+"""Types of defences that run in one folder, with `none`."""
+NOISE: Final = "noise"
+
+
+@dataclass(slots=True)
+class Cell:
+    """What the page needs of one cell."""
+
+    compression: str
+    attack: str
+    defense: str
+    adaptive: bool
+    rows: dict[str, Row] = field(default_factory=dict)
+    clean_seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    draws: int | None = None
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scenario", type=Path, default=SCENARIO)
+    parser.add_argument("--runs", type=Path, default=Path("runs/defenses"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/defenses.md"))
+    parser.add_argument("--only", nargs="*", help=f"parts to run: {', '.join(PARTS)}")
+    parser.add_argument("--only-page", action="store_true", help="do not run; use the folders")
+    arguments = parser.parse_args()
+    if not arguments.only_page:
+        for name, part in split(arguments.scenario, arguments.runs).items():
+            if not arguments.only or name in arguments.only:
+                run(part)
+    folders = sorted(one.parent for one in arguments.runs.glob("*/summary.json"))
+    if not folders:
+        raise SystemExit(f"no part of {arguments.scenario} has run in {arguments.runs}")
+    arguments.page.parent.mkdir(parents=True, exist_ok=True)
+    arguments.page.write_text(page(folders, absent(arguments.scenario, folders)), encoding="utf-8")
+    print(f"written: {arguments.page}")
+
+
+def split(scenario: Path, runs: Path) -> dict[str, Path]:
+    """One scenario for each part that the scenario has defences of, beside its folder."""
+    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+    runs.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, kinds in PARTS.items():
+        some = [one for one in whole["defenses"] if type_of(one) in kinds]
+        if some:
+            part = runs / f"{name}.yaml"
+            text = yaml.safe_dump({**whole, "defenses": ["none", *some]}, sort_keys=False)
+            part.write_text(text, encoding="utf-8")
+            found[name] = part
+    return found
+
+
+def type_of(defense: Any) -> str:
+    """The type of an entry of ``defenses:``."""
+    if isinstance(defense, str):
+        return defense
+    return "stack" if "stack" in defense else str(defense["type"])
+
+
+def absent(scenario: Path, folders: Sequence[Path]) -> list[str]:
+    """Types of defences in the scenario that no folder holds."""
+    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+    there = {
+        one["type"]
+        for folder in folders
+        for one in _json(folder, "manifest")["scenario"]["defenses"]
+    }
+    return [name for name in dict.fromkeys(map(type_of, whole["defenses"])) if name not in there]
+
+
+def run(part: Path) -> None:
+    """Run or resume one part."""
+    command = [
+        sys.executable,
+        "-m",
+        "redteam",
+        "run",
+        str(part),
+        "--out",
+        str(part.with_suffix("")),
+    ]
+    result = subprocess.run(command, check=False)  # noqa: S603
+    if result.returncode not in (0, 1, 4):
+        print(f"{part.stem}: exit {result.returncode}")
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def cells_of(folder: Path) -> list[Cell]:
+    """The cells of a run folder with their rows; errors are left out."""
+    store = RunStore.read(folder)
+    adaptive = {one["name"] for one in store.manifest.scenario["attacks"] if one.get("adaptive")}
+    found = {
+        cell.id: Cell(
+            cell.compression,
+            cell.attack,
+            cell.defense,
+            cell.attack in adaptive,
+            draws=cell.spec["attack"].get("draws"),
+        )
+        for cell in store.manifest.cells
+    }
+    for trial in store.trials():
+        if trial.answers is None or trial.demands is None:
+            continue
+        cell = found[trial.cell]
+        cell.rows[trial.sample] = row_of(trial)
+        cell.seconds.append(trial.demands.attacked_compressed.seconds)
+        cell.clean_seconds.append(trial.demands.clean_compressed.seconds)
+    return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One defence on one compression, with its control.
+
+    Attributes:
+        defense: its cells, by attack.
+        control: those of `none` in the same folder, by attack.
+        badge: as the run printed it, or "".
+    """
+
+    defense: Mapping[str, Cell]
+    control: Mapping[str, Cell]
+    badge: str = ""
+
+
+def lines_of(folder: Path) -> dict[tuple[str, str], Line]:
+    """Compression and defence to what was measured of them; `none` too."""
+    cells, summary = cells_of(folder), _json(folder, "summary")
+    badges = {
+        (one.get("compression"), one["defense"]): str(one["badge"])
+        for one in summary.get("defenses", [])
+        if isinstance(one, dict) and "badge" in one
+    }
+    found = {}
+    for name in dict.fromkeys((cell.compression, cell.defense) for cell in cells):
+        here = {c.attack: c for c in cells if (c.compression, c.defense) == name and c.rows}
+        control = {
+            c.attack: c for c in cells if (c.compression, c.defense) == (name[0], "none") and c.rows
+        }
+        if here:
+            found[name] = Line(here, control, badges.get(name, badges.get((None, name[1]), "")))
+    return found
+
+
+def worst(cells: Iterable[Cell]) -> tuple[int, int]:
+    """Samples that some attack turned into a compression-specific failure, and all that count.
+
+    Of those right on both clean paths; the worst case over attacks, sample by sample.
+    """
+    some = [cell for cell in cells if cell.attack != NOISE]
+    names = set.intersection(*(set(cell.rows) for cell in some)) if some else set()
+    eligible = [
+        name
+        for name in names
+        if some[0].rows[name].full_clean and some[0].rows[name].compressed_clean
+    ]
+    broken = [name for name in eligible if any(cell.rows[name].failure for cell in some)]
+    return len(broken), len(eligible)
+
+
+def rate(count: int, total: int) -> str:
+    """A rate with its Wilson interval."""
+    found = wilson(count, total, 0.95)
+    if found.value is None:
+        return "–"
+    return f"**{found.value:.2f}** [{found.low:.2f}, {found.high:.2f}]"
+
+
+def accuracy(cell: Cell, name: str) -> float:
+    """Share of right answers to clean pictures, in points."""
+    rows = list(cell.rows.values())
+    return 100 * sum(bool(getattr(row, name)) for row in rows) / len(rows)
+
+
+def of_attack(cells: Mapping[str, Cell], name: str, metric: str) -> str:
+    """A metric of one attack, or – where it was not run."""
+    cell = cells.get(name)
+    if cell is None:
+        return "–"
+    found = measure(list(cell.rows.values()), seed=0, names=(metric,))[metric].value
+    return "–" if found is None else f"{found:.2f}"
+
+
+def time_cost(line: Line) -> str:
+    """Median over trials of what an answer through the compressor takes, against the control."""
+    shared = line.defense.keys() & line.control.keys()
+    mine = [one for name in shared for one in line.defense[name].seconds]
+    theirs = [one for name in shared for one in line.control[name].seconds]
+    if not mine or not theirs:
+        return "–"
+    return f"× {statistics.median(mine) / statistics.median(theirs):.2f}"
+
+
+def halved(line: Line) -> str:
+    """How much of the worst case is left, and whether the aim is met."""
+    broken, total = worst(line.defense.values())
+    before, of = worst(cell for cell in line.control.values() if not cell.adaptive)
+    if not total or not before:
+        return "–"
+    return f"{(broken / total) / (before / of):.2f}"
+
+
+def table(compression: str, lines: Mapping[tuple[str, str], Line]) -> str:
+    """All defences on one compression."""
+    here = {name[1]: line for name, line in lines.items() if name[0] == compression}
+    first = next(iter(here.values()))
+    plain = [name for name, cell in first.control.items() if not cell.adaptive and name != NOISE]
+    titles = ["defence", "badge", "n", "clean full", "clean compressed"]
+    titles += [f"CSFR {name}" for name in plain]
+    titles += ["CSFR adaptive", "CSFR worst case", "left of undefended"]
+    titles += [f"CSG {name}" for name in plain]
+    titles += ["CSG adaptive", "time"]
+    text = [f"## {compression}", "", "| " + " | ".join(titles) + " |"]
+    text.append("|" + "---|" * len(titles))
+    for name, line in here.items():
+        text.append("| " + " | ".join(_cells(name, line, plain)) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _cells(name: str, line: Line, plain: Sequence[str]) -> list[str]:
+    any_cell = next(iter(line.defense.values()))
+    control = next(iter(line.control.values()))
+
+    def clean(path: str) -> str:
+        change = accuracy(any_cell, path) - accuracy(control, path)
+        return f"{accuracy(any_cell, path):.1f}" + ("" if name == "none" else f" ({change:+.1f})")
+
+    adaptive = {key: cell for key, cell in line.defense.items() if cell.adaptive}
+    strongest = max(adaptive.values(), key=_failures, default=None)
+    own = {} if strongest is None else {"strongest": strongest}
+    known = strongest is not None and name != "none"
+    draws = f" ({strongest.attack}, {strongest.draws} draws)" if known and strongest else ""
+    return [
+        name,
+        line.badge or ("control" if name == "none" else "UNVERIFIED (upper bound)"),
+        str(len(any_cell.rows)),
+        clean("full_clean"),
+        clean("compressed_clean"),
+        *(of_attack(line.defense, attack, "csfr") for attack in plain),
+        of_attack(own, "strongest", "csfr") + draws if own else "–",
+        rate(*worst(line.defense.values())),
+        "–" if name == "none" else halved(line),
+        *(of_attack(line.defense, attack, "csg") for attack in plain),
+        of_attack(own, "strongest", "csg") if own else "–",
+        "× 1.00" if name == "none" else time_cost(line),
+    ]
+
+
+def _failures(cell: Cell) -> int:
+    return sum(row.failure for row in cell.rows.values())
+
+
+def page(folders: Sequence[Path], missing: Sequence[str]) -> str:
+    """The whole page, from run folders."""
+    manifests = [_json(folder, "manifest") for folder in folders]
+    lines: dict[tuple[str, str], Line] = {}
+    for folder in folders:
+        for name, line in lines_of(folder).items():
+            lines.setdefault(name, line)
+    first = manifests[0]
+    identity = first["provenance"].get("identity", {})
+    compressions = list(dict.fromkeys(name[0] for name in lines))
+    said = _settings(manifests)
+    lacking = f"\n**Not run yet: {', '.join(missing)}.**\n" if missing else ""
+    measured = ", ".join(sorted({str(one["created"])[:10] for one in manifests}))
+    epsilons = sorted({cell["epsilon"] * 255 for one in manifests for cell in one["cells"]})
+    return f"""# Defences, against attacks that know them and attacks that do not
+
+Made by `python benchmarks/results_defenses.py` from `{SCENARIO}`; do not edit.
+{lacking}
+{len(first["samples"])} samples of the held-out test split, one question a picture;
+seed {first["seed"]}; device {identity.get("device", "unknown")};
+ε·255 = {", ".join(f"{one:g}" for one in epsilons)}; measured {measured}. Read
+[what a result is worth](../defenses.md#what-a-result-is-worth) first.
+
+- *CSFR*: of the samples that are right on both clean paths, the share that the attack makes fail on
+  the compressed path only. *adaptive*: the strongest attack that has the defence in its graph (its
+  name, and the draws of a random defence in each call, behind it). *Worst case*: failures under any
+  attack of the row, sample by sample, 95 % Wilson interval.
+- *Left of undefended*: that worst case divided by the undefended one; under 0.50 it is halved.
+- *Clean*: accuracy on clean pictures in points, and the change against no defence.
+- *Time*: median time of an answer through the compressor divided by that without the defence, of
+  batches of the run itself, on a machine that did other work too; a rough figure.
+- Attack options were chosen on the validation split and are the same against all defences. Twenty
+  steps are few: a defence may fall to more. Nothing here says how a large model behaves.
+
+{chr(10).join(table(name, lines) for name in compressions)}
+## Settings
+
+{said}
+"""
+
+
+def _settings(manifests: Sequence[Mapping[str, Any]]) -> str:
+    said: dict[str, str] = {}
+    for manifest in manifests:
+        for key in ("attacks", "defenses"):
+            for one in manifest["scenario"][key]:
+                options = {k: v for k, v in one.items() if k not in ("name", "epsilons")}
+                said.setdefault(f"{key[:-1]} {one['name']}", json.dumps(options))
+    return "\n".join(f"- {name}: `{options}`" for name, options in said.items())
+
+
+if __name__ == "__main__":
+    main()

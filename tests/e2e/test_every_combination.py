@@ -1,0 +1,159 @@
+"""Attacks × compressors × defences, generated from the catalogue: right, or refused with a reason.
+
+By default every pair of attack and compressor, of compressor and defence, and of attack and
+defence is met: defence j on compressor i is attacked by attack i + j, in its adaptive form where it
+has one. All of attack × compressor × defence take hours: ``pytest -m exhaustive tests/e2e``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from workplace import Workplace
+
+from redteam.catalog import BUILTIN
+from redteam.engines.local import LocalEngine
+from redteam.errors import ScenarioError
+from redteam.plan import ImageGroup, Plan, make_plan
+from redteam.runner import make_manifest
+from redteam.scenario import Method, Scenario, load_scenario
+from reports.store import RunStore
+
+COMPRESSORS = list(BUILTIN["compressors"])
+ATTACKS = [*BUILTIN["attacks"], "torchattacks.FGSM"]
+DEFENSES = list(BUILTIN["defenses"])
+SAMPLES = 2
+
+TRAINED = ("explainability", "quecc", "tokenflex", "sparsifiner")
+"""Compressors with weights of their own, which only the embedded LVLM has."""
+COMPRESSOR_OPTIONS: dict[str, dict[str, Any]] = {
+    "pipeline": {
+        "stages": [{"type": "visionzip", "retention": 0.5}, {"type": "fastv", "keep_tokens": 9}]
+    },
+    "drop_all": {"layer": 2},
+}
+ATTACK_OPTIONS: dict[str, dict[str, Any]] = {
+    "square": {"queries": 2},
+    "query": {"queries": 2},
+    "suite": {"members": ["fgsm", "cage"], "steps": 1},
+    "minimal": {"attack": "fgsm", "steps": 1},
+    "verbose": {"length": 2, "steps": 1},
+    "v_attack": {"source": "red", "target": "blue", "steps": 1},
+    "noise": {},
+    "fgsm": {},
+    "torchattacks.FGSM": {},
+}
+DEFENSE_OPTIONS: dict[str, dict[str, Any]] = {"stack": {"stack": ["hybrid", "sid"]}}
+
+
+def everything(name: str, place: Workplace) -> Scenario:
+    """One compressor with all attacks, in both forms, and all defences."""
+    tiny = {"type": "lvlm", "model": str(place.folder / "model"), "name": "tiny"}
+    data = {"type": "jsonl", "path": str(place.folder / "data.jsonl"), "samples": SAMPLES}
+    scenes = {"type": "scenes", "split": "test", "samples": SAMPLES}
+    attacks = [{"type": one, **ATTACK_OPTIONS.get(one, {"steps": 1})} for one in ATTACKS]
+    adaptive = [
+        {**copy.deepcopy(one), "name": f"{one['type']} adaptive", "adaptive": True, "draws": 2}
+        for one in attacks
+    ]
+    options = COMPRESSOR_OPTIONS.get(name, {"retention": 0.25})
+    path = place.folder / "everything.yaml"
+    head = {
+        "name": "everything",
+        "seed": 0,
+        "targets": [{"type": "scenes"} if name in TRAINED else tiny],
+        "surrogates": [{"type": "scenes", "checkpoint": "scenes-b"}],
+        "dataset": scenes if name in TRAINED else data,
+        "epsilons": [0.06],
+        "compressions": [{"type": name, **options}],
+        "attacks": [*attacks, *adaptive],
+        "defenses": [{"type": one, **DEFENSE_OPTIONS.get(one, {})} for one in DEFENSES],
+    }
+    path.write_text(yaml.safe_dump(head, sort_keys=False))
+    return load_scenario(path)
+
+
+def planned(whole: Scenario, attack: Method, defense: Method) -> tuple[tuple[ImageGroup, ...], str]:
+    """The plan of one combination, or why it is refused."""
+    try:
+        return make_plan(replace(whole, attacks=(attack,), defenses=(defense,))).groups, ""
+    except ScenarioError as error:
+        return (), error.problems[0].message
+
+
+def check(place: Workplace, whole: Scenario, pairs: Sequence[tuple[str, str]]) -> int:
+    """Plan each pair of attack and defence, run those that are accepted, look for errors."""
+    plain = {one.type: one for one in whole.attacks if not one.adaptive}
+    adapting = {one.type: one for one in whole.attacks if one.adaptive}
+    guards = {one.type: one for one in whole.defenses}
+    groups: list[ImageGroup] = []
+    for hit, guard in pairs:
+        for form in (adapting[hit], plain[hit]):
+            found, why = planned(whole, form, guards[guard])
+            if found:
+                groups += found
+                break
+            assert len(why) > 30, "a refusal says why"
+    run(place.folder / "run", whole, groups)
+    return len(groups)
+
+
+def run(folder: Path, whole: Scenario, groups: Sequence[ImageGroup]) -> None:
+    """All cells of these groups; none may end in an error."""
+    by_id: dict[str, list[ImageGroup]] = {}
+    for group in groups:
+        by_id.setdefault(group.id, []).append(group)
+    merged = [
+        replace(same[0], cells=tuple(cell for group in same for cell in group.cells))
+        for same in by_id.values()
+    ]
+    used = {cell.defense.label for group in merged for cell in group.cells}
+    some = replace(whole, defenses=tuple(one for one in whole.defenses if one.label in used))
+    plan = Plan(some, tuple(merged))
+    samples = some.dataset.create().open()
+    engine = LocalEngine(plan, samples, "cpu")
+    identity = engine.prepare()
+    with RunStore.create(folder, make_manifest(plan, samples, identity)) as store:
+        for unit in plan.units(len(samples)):
+            names = {one.cell.id: one.cell for one in unit.group.cells}
+            for trial in engine.execute(unit, store):
+                cell = names[trial.cell]
+                where = f"{cell.compression} × {cell.attack} × {cell.defense}"
+                assert trial.error is None, f"{where}: {trial.error}"
+                assert trial.answers is not None
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_every_pair(name: str, workplace: Workplace) -> None:
+    whole = everything(name, workplace)
+    index = COMPRESSORS.index(name)
+    pairs = [
+        (ATTACKS[(index + place) % len(ATTACKS)], guard) for place, guard in enumerate(DEFENSES)
+    ]
+    assert check(workplace, whole, pairs) > 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("hit", ATTACKS)
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_everything(name: str, hit: str, workplace: Workplace) -> None:
+    whole = everything(name, workplace)
+    check(workplace, whole, [(hit, guard) for guard in DEFENSES])
+
+
+def test_every_pair_is_met() -> None:
+    """What the rotation promises."""
+    met = {
+        (ATTACKS[(i + j) % len(ATTACKS)], one, other)
+        for i, one in enumerate(COMPRESSORS)
+        for j, other in enumerate(DEFENSES)
+    }
+    assert len({(hit, one) for hit, one, _ in met}) == len(ATTACKS) * len(COMPRESSORS)
+    assert len({(hit, other) for hit, _, other in met}) == len(ATTACKS) * len(DEFENSES)
+    assert len({(one, other) for _, one, other in met}) == len(COMPRESSORS) * len(DEFENSES)
