@@ -24,12 +24,13 @@ from redteam.errors import ScenarioError
 from redteam.plan import make_plan
 from redteam.scenario import load_scenario
 
+ATTACK = "{type: caa, preset: strict_preserve, steps: 1, adaptive: true, draws: 3}"
 TEXT = """\
 name: stacked
 targets: [{type: scenes}]
 dataset: {type: scenes, samples: 4}
 compressions: [{type: visionzip, retention: 0.25}]
-attacks: [{type: caa, steps: 1, adaptive: true, draws: 3}]
+attacks: [{type: caa, preset: strict_preserve, steps: 1, adaptive: true, draws: 3}]
 epsilons: [16/255]
 defenses:
 """
@@ -39,7 +40,7 @@ def written(folder: Path, defenses: str, attacks: str = "") -> Path:
     path = folder / "stacked.yaml"
     text = TEXT + defenses
     if attacks:
-        text = text.replace("{type: caa, steps: 1, adaptive: true, draws: 3}", attacks)
+        text = text.replace(ATTACK, attacks)
     path.write_text(text)
     return path
 
