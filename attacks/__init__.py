@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attacks.errors import AttackError
     from attacks.fata import FATA
     from attacks.fgsm import FGSM
+    from attacks.force_fallback import ForceFallback
     from attacks.margin_split import MarginSplit
     from attacks.minimal import Minimal
     from attacks.noise import Noise
@@ -52,6 +53,7 @@ __all__ = [
     "AttentionOnly",
     "Budget",
     "Descent",
+    "ForceFallback",
     "MarginSplit",
     "Minimal",
     "Noise",
@@ -83,6 +85,7 @@ _HOME = {
     "Descent": "descent",
     "FATA": "fata",
     "FGSM": "fgsm",
+    "ForceFallback": "force_fallback",
     "MarginSplit": "margin_split",
     "Minimal": "minimal",
     "Noise": "noise",

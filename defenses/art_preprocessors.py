@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from annotated_types import Interval
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor
 
 from defenses.base import AdaptiveRoute, DefenseError, InputDefense
+from defenses.differentiable_jpeg import jpeg
 
 _LEVELS = 255
 
@@ -71,8 +74,8 @@ class JpegCompression(ArtPreprocessor):
         quality: of the JPEG, 1 to 95 (above, PIL advises against it).
 
     *Differs from the paper in …*: pictures are rounded to 8 bits before, as a file is. Backward it
-    is the identity (ART's own estimate), so an attack on it is weaker than one through a
-    differentiable JPEG would be.
+    is a JPEG in torch whose rounding has a slope (`defenses.differentiable_jpeg`), where ART itself
+    offers the identity.
     """
 
     name: ClassVar[str] = "art.JpegCompression"
@@ -85,6 +88,10 @@ class JpegCompression(ArtPreprocessor):
         return _class("JpegCompression")(
             clip_values=(0, _LEVELS), quality=self.quality, channels_first=True
         )
+
+    def surrogate(self, images: Tensor) -> Tensor:
+        """The same in torch, with softly rounded coefficients."""
+        return jpeg(images, self.quality)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,102 @@ class SpatialSmoothing(ArtPreprocessor):
     def surrogate(self, images: Tensor) -> Tensor:
         """The same in torch."""
         return median(images, self.window_size)
+
+
+class ArtRandom(ArtPreprocessor):
+    """Base of the transforms that draw. ART draws from numpy's one global stream.
+
+    Each picture gets a state of that stream which follows from its own seed; afterwards the stream
+    goes on as if nothing had been drawn. Backward they are the identity, under the mean over draws.
+    """
+
+    adaptive: ClassVar[AdaptiveRoute] = AdaptiveRoute.EOT
+    stochastic: ClassVar[bool] = True
+
+    def transform(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Through ART one by one, on values in [0, 1] with channels last, as ART's own default."""
+        rows = images.detach().permute(0, 2, 3, 1).cpu().numpy()
+        pairs = zip(rows, generators, strict=True)
+        found = np.concatenate([self._one(row[None], generator) for row, generator in pairs])
+        hard = torch.from_numpy(found).permute(0, 3, 1, 2).to(images).clamp(0, 1)
+        return images + (hard - images).detach()
+
+    def _one(self, image: npt.NDArray[np.float32], generator: torch.Generator) -> Any:  # noqa: ANN401
+        before = np.random.get_state()  # noqa: NPY002 - ART knows no other stream
+        np.random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # noqa: NPY002
+        try:
+            return self.preprocessor()(image)[0]
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVarMin(ArtRandom):
+    """Keep some pixels, drawn at random, and fill in the rest by the smoothest picture.
+
+    Paper: Guo et al., "Countering Adversarial Images using Input Transformations" (ICLR 2018, arXiv
+    1711.00117), total variation minimisation: of each channel the z that minimises
+    ``‖m ⊙ (z − x)‖₂ + lamb · TV_p(z)``, m drawn pixel by pixel. L-BFGS-B, one channel after the
+    other on a CPU: seconds for a picture of 336 pixels, and as long in every step of an adaptive
+    attack and for each of its draws.
+
+    Args:
+        prob: chance of a pixel to be kept, in (0, 1].
+        norm: p, of the differences along a row or column: 1 or 2.
+        lamb: weight of the variation, > 0; 0 would do nothing.
+        max_iter: iterations of the solver, ≥ 1.
+
+    *Differs from the paper in …*: ART's problem has the norm of the differences of whole rows and
+    columns, and starts at the picture itself, so that few iterations leave much of it as it is;
+    there, Bregman's split, and as many pixels kept as ``prob`` says. Backward it is the identity.
+    """
+
+    name: ClassVar[str] = "art.TotalVarMin"
+
+    prob: Annotated[float, Interval(gt=0, le=1)] = 0.3
+    norm: Literal[1, 2] = 2
+    lamb: Annotated[float, Gt(0)] = 0.5
+    max_iter: Annotated[int, Ge(1)] = 10
+
+    def preprocessor(self) -> Any:  # noqa: ANN401
+        """ART's TotalVarMin."""
+        return _class("TotalVarMin")(
+            prob=self.prob,
+            norm=self.norm,
+            lamb=self.lamb,
+            max_iter=self.max_iter,
+            clip_values=(0, 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianAugmentation(ArtRandom):
+    """Add Gaussian noise to the picture, once.
+
+    Paper: Zantedeschi et al., "Efficient Defenses Against Adversarial Attacks" (AISec 2017, arXiv
+    1707.06728), which trains with such noise; at inference it is one draw of `gaussian_vote`.
+
+    Args:
+        sigma: deviation of the noise in [0, 1] pixel units, > 0. ART's default, 1, leaves nothing
+            to be seen.
+
+    *Differs from the paper in …*: nothing is trained; the noise is on the picture that is asked
+    about. Backward it is the identity, also where the noise ran into 0 or 1.
+    """
+
+    name: ClassVar[str] = "art.GaussianAugmentation"
+
+    sigma: Annotated[float, Interval(gt=0, le=0.5)] = 0.05
+
+    def preprocessor(self) -> Any:  # noqa: ANN401
+        """ART's GaussianAugmentation, without augmentation."""
+        return _class("GaussianAugmentation")(
+            sigma=self.sigma,
+            augmentation=False,
+            apply_fit=False,
+            apply_predict=True,
+            clip_values=(0, 1),
+        )
 
 
 def squeezed(images: Tensor, bit_depth: int) -> Tensor:

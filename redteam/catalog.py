@@ -78,6 +78,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "v_attack": "attacks.v_attack:VAttack",
         "verbose": "attacks.verbose:Verbose",
         "token_count": "attacks.token_count:TokenCount",
+        "force_fallback": "attacks.force_fallback:ForceFallback",
     },
     "defenses": {
         "none": "redteam.loaders:Undefended",
@@ -97,9 +98,13 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "pai": "defenses.pai:PAI",
         "m3id": "defenses.m3id:M3ID",
         "resize_pad": "defenses.resize_pad:ResizePad",
+        "gaussian_vote": "defenses.gaussian_vote:GaussianVote",
+        "rank_margin": "defenses.rank_margin:RankMargin",
         "art.JpegCompression": "defenses.art_preprocessors:JpegCompression",
         "art.FeatureSqueezing": "defenses.art_preprocessors:FeatureSqueezing",
         "art.SpatialSmoothing": "defenses.art_preprocessors:SpatialSmoothing",
+        "art.TotalVarMin": "defenses.art_preprocessors:TotalVarMin",
+        "art.GaussianAugmentation": "defenses.art_preprocessors:GaussianAugmentation",
     },
     "datasets": {
         "scenes": "redteam.datasets.scenes:Scenes",
