@@ -6,16 +6,20 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
+
 from reports.records import Demands, Manifest
 from reports.terminal import Table
 from reports.text import epsilon_text, interval, number, plain
 
-TYPES: Final = frozenset({"verbose", "token_count"})
+TYPES: Final = frozenset({"verbose", "token_count", "force_fallback"})
 """Attacks on availability; with one of them in a run, the table is shown."""
 CAPTION: Final = (
     "Clean → attacked, means over samples: visual tokens that compression leaves, tokens of the "
-    "answer (end token included), seconds of an answer. In brackets the mean factor with its 95 % "
-    "interval. Seconds are those of this machine, a batch's time shared out equally."
+    "answer (end token included), share of samples for which a defence fell back to more tokens, "
+    "seconds of an answer and their 95th percentile. In brackets the factor; for tokens the mean "
+    "over samples with its 95 % interval. Seconds are those of this machine, a batch's time shared "
+    "out equally."
 )
 _ANSWERS: Final = ("clean_full", "clean_compressed", "attacked_full", "attacked_compressed")
 
@@ -30,30 +34,36 @@ class Latency:
         """Note what the four answers of a sample took."""
         self._seconds[cell][sample] = tuple(getattr(demands, name).seconds for name in _ANSWERS)
 
-    def means(self) -> dict[str, Any]:
-        """Mean seconds of each of the four answers, by cell."""
-        found: dict[str, dict[str, float]] = {}
+    def summary(self) -> dict[str, Any]:
+        """Mean and 95th percentile of the seconds of each of the four answers, by cell."""
+        means: dict[str, dict[str, float]] = {}
+        high: dict[str, dict[str, float]] = {}
         for cell, samples in self._seconds.items():
-            columns = zip(*samples.values(), strict=True)
-            found[cell] = {
-                name: round(sum(column) / len(column), 6)
-                for name, column in zip(_ANSWERS, columns, strict=True)
+            columns = np.array(list(samples.values()))
+            tops = np.percentile(columns, 95, axis=0)
+            pairs = zip(_ANSWERS, columns.mean(0), strict=True)
+            means[cell] = {name: round(float(one), 6) for name, one in pairs}
+            high[cell] = {
+                name: round(float(one), 6) for name, one in zip(_ANSWERS, tops, strict=True)
             }
-        return {"unit": "seconds of one answer, mean over samples", "cells": found}
+        return {"unit": "seconds of one answer, mean over samples", "cells": means, "p95": high}
 
 
 def table(manifest: Manifest, summary: Mapping[str, Any]) -> Table | None:
     """Clean → attacked, one row per cell; None where nothing attacks availability.
 
-    It is shown if the run holds such an attack, or if any attack changed how many tokens are kept.
+    It is shown if the run holds such an attack, if any attack changed how many tokens are kept, or
+    if a defence fell back.
     """
     attacking = {
         cell.id for cell in manifest.cells if cell.spec.get("attack", {}).get("type") in TYPES
     }
     cells = [cell for cell in summary["cells"] if _known(cell)]
-    if not cells or not (attacking or any(map(_moved, cells))):
+    fell = any(map(_fell, cells))
+    if not cells or not (attacking or fell or any(map(_moved, cells))):
         return None
-    seconds = summary["timings"].get("answers", {}).get("cells", {})
+    answers = summary["timings"].get("answers", {})
+    seconds, high = answers.get("cells", {}), answers.get("p95", {})
     columns: list[tuple[str, bool, list[str]]] = [
         ("target", False, [plain(cell["target"]) for cell in cells]),
         ("compression", False, [plain(cell["compression"]) for cell in cells]),
@@ -63,11 +73,11 @@ def table(manifest: Manifest, summary: Mapping[str, Any]) -> Table | None:
         ("visual tokens", True, [_change(cell, "tokens") for cell in cells]),
         ("answer, full", True, [_change(cell, "length_full") for cell in cells]),
         ("answer, compressed", True, [_change(cell, "length_compressed") for cell in cells]),
-        ("seconds, full", True, [_took(seconds.get(cell["id"]), "full") for cell in cells]),
-        (
-            "seconds, compressed",
-            True,
-            [_took(seconds.get(cell["id"]), "compressed") for cell in cells],
+        *([("fall-back", True, [_rates(cell) for cell in cells])] if fell else []),
+        *(
+            (f"{what}, {path}", True, [_took(of.get(cell["id"]), path) for cell in cells])
+            for path in ("full", "compressed")
+            for what, of in (("seconds", seconds), ("p95", high))
         ),
     ]
     shown = [
@@ -100,7 +110,22 @@ def _change(cell: Mapping[str, Any], name: str) -> str:
     return text if grown["value"] is None else f"{text} (×{interval(grown, 2)})"
 
 
+def _fell(cell: Mapping[str, Any]) -> bool:
+    """A defence fell back; summaries of earlier versions do not say."""
+    rates = (cell["metrics"].get(f"fallback_{image}", {}) for image in ("clean", "attacked"))
+    return any(rate.get("value") for rate in rates)
+
+
+def _rates(cell: Mapping[str, Any]) -> str:
+    """``0.05 → 0.61 [0.49, 0.73]``; the interval is that of the attacked share."""
+    clean, attacked = (cell["metrics"][f"fallback_{image}"] for image in ("clean", "attacked"))
+    return f"{number(clean['value'], 2)} → {interval(attacked, 2)}"
+
+
 def _took(seconds: Mapping[str, float] | None, path: str) -> str:
+    """``0.017 → 0.041 (×2.41)``."""
     if seconds is None:
         return "n/a"
-    return f"{number(seconds[f'clean_{path}'], 3)} → {number(seconds[f'attacked_{path}'], 3)}"
+    clean, attacked = seconds[f"clean_{path}"], seconds[f"attacked_{path}"]
+    grown = f" (×{number(attacked / clean, 2)})" if clean else ""
+    return f"{number(clean, 3)} → {number(attacked, 3)}{grown}"

@@ -46,6 +46,8 @@ _MEANS: dict[str, tuple[float, float] | None] = {
     "length_compressed_clean": None,
     "length_compressed_attacked": None,
     "length_compressed_growth": None,
+    "fallback_clean": (0, 1),
+    "fallback_attacked": (0, 1),
 }
 
 
@@ -116,6 +118,7 @@ def _mean_values(trial: Trial) -> dict[str, float | None]:
     clean, hit = trial.demands.clean_compressed, trial.demands.attacked_compressed
     found |= _grown("tokens", clean.tokens, hit.tokens)
     found |= _grown("length_compressed", clean.generated, hit.generated)
+    found |= {"fallback_clean": float(clean.fallback), "fallback_attacked": float(hit.fallback)}
     clean, hit = trial.demands.clean_full, trial.demands.attacked_full
     return found | _grown("length_full", clean.generated, hit.generated)
 

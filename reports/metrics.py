@@ -148,7 +148,7 @@ def _collect(
         for cell, found in cells.items()
     }
     spent = {cell: _effort(list(found.values())) for cell, found in efforts.items() if found}
-    return rows, {**_timings(seconds), "answers": latency.means()}, spent
+    return rows, {**_timings(seconds), "answers": latency.summary()}, spent
 
 
 def _effort(trials: Sequence[tuple[Effort, str]]) -> dict[str, Any]:

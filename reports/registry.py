@@ -169,6 +169,14 @@ _ALL = (
            "Mean over samples of the answer's tokens on the attacked ÷ on the clean image, with "
            "compression.",
            _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("fallback_clean", "Fall-back rate, clean",
+           "Share of clean images for which a defence kept more tokens than the compressor would; "
+           "0 without such a defence.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
+    Metric("fallback_attacked", "Fall-back rate, attacked",
+           "Share of attacked images for which a defence kept more tokens than the compressor "
+           "would.",
+           _DEMANDS, "mean", "lower", _AVAILABILITY),
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -87,6 +87,64 @@ def test_seconds_are_means_apart_from_the_cells() -> None:
     assert "seconds" not in json.dumps(summary["cells"])
 
 
+def test_the_95th_percentile_of_seconds_is_beside_their_mean() -> None:
+    slow = demands((20, 20), (2, 2), (2, 2))
+    slow = slow.model_copy(
+        update={"attacked_compressed": Demand(tokens=144, generated=2, seconds=1.3, fallback=True)}
+    )
+    made = trials(*[demands((20, 20), (2, 2), (2, 2))] * 3, slow)
+    found = summarise(manifest(4), made)["timings"]["answers"]
+    assert found["cells"]["c1"]["attacked_compressed"] == pytest.approx((3 * 0.3 + 1.3) / 4)
+    # Between the third and the fourth of four, at 0.95 · 3 = 2.85 places behind the first.
+    assert found["p95"]["c1"] == {
+        "clean_full": 0.4,
+        "clean_compressed": 0.1,
+        "attacked_full": 0.6,
+        "attacked_compressed": pytest.approx(0.3 + 0.85 * 1.0),
+    }
+
+
+def fell(clean: bool, attacked: bool) -> Demands:
+    """Of a compressor with 36 tokens that a defence lets go for all 144."""
+
+    def demand(fallback: bool) -> Demand:
+        return Demand(tokens=144 if fallback else 36, generated=2, seconds=0.1, fallback=fallback)
+
+    return Demands(
+        clean_full=demand(False),
+        clean_compressed=demand(clean),
+        attacked_full=demand(False),
+        attacked_compressed=demand(attacked),
+    )
+
+
+def test_fall_backs_are_counted_and_shown() -> None:
+    made = trials(*[fell(False, False)] * 2, fell(False, True), fell(True, True))
+    found = measure([row_of(one) for one in made], seed=0)
+    assert (found["fallback_clean"].value, found["fallback_attacked"].value) == (0.25, 0.5)
+    low, high = found["fallback_attacked"].low, found["fallback_attacked"].high
+    assert low is not None and high is not None and 0 <= low < 0.5 < high <= 1  # noqa: PT018
+    plan = manifest(4, cells=[kind("caa")])
+    table = availability.table(plan, summarise(plan, made))
+    assert table is not None, "whatever attack it was"
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert row["fall-back"].startswith("0.25 → 0.50 [")
+    still = summarise(plan, trials(*[fell(False, False)] * 4))
+    assert availability.table(plan, still) is None
+    plan = manifest(4, cells=[kind("force_fallback")])
+    table = availability.table(plan, summarise(plan, trials(*[fell(False, False)] * 4)))
+    assert table is not None
+    assert "fall-back" not in table.columns
+
+
+def test_fall_backs_of_older_ledgers_are_none() -> None:
+    old = fell(True, True).model_dump()
+    for answer in old.values():
+        del answer["fallback"]
+    found = measure([row_of(one) for one in trials(Demands(**old))], seed=0)
+    assert found["fallback_clean"].value == 0
+
+
 def test_a_ledger_keeps_demands(tmp_path: Path) -> None:
     with RunStore.create_or_open(tmp_path / "run", manifest(2), "") as store:
         store.append(GROWN)
@@ -111,6 +169,7 @@ LONGER = trials(demands((36, 36), (2, 9), (2, 9)))
         ("caa", trials(demands((36, 37), (2, 2), (2, 2))), True),
         ("verbose", SAME, True),
         ("token_count", SAME, True),
+        ("force_fallback", SAME, True),
         ("token_count", trials(None), False),
     ],
 )
@@ -137,7 +196,8 @@ def test_the_table_says_clean_and_attacked_with_the_factor() -> None:
     assert [row["attack"] for row in rows] == ["my token_count", "my noise"]
     assert rows[0]["visual tokens"].startswith("30.0 → 25.0 (×1.00 [")
     assert rows[0]["answer, compressed"].startswith("1.5 → 3.0 (×2.50 [")
-    assert rows[0]["seconds, full"] == "0.400 → 0.600"
+    assert rows[0]["seconds, full"] == "0.400 → 0.600 (×1.50)"
+    assert rows[0]["p95, compressed"] == "0.100 → 0.300 (×3.00)"
     assert rows[1]["answer, full"].startswith("2.0 → 2.0 (×1.00")
 
 
