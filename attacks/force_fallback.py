@@ -1,4 +1,4 @@
-"""Forced fall-back: make a ranking look unstable, so that a defence which checks it gives up speed."""
+"""Forced fall-back: make a ranking look unstable, so that a defence against that gives up speed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ForceFallback(Attack):
     v of translation consensus, with z the standardised log-scores, moved back, b the middle of the
     K-th and the next best of a view, and T a softness, minimise one of::
 
-        jaccard   mean_{v < w} Σ a_v a_w / Σ (a_v + a_w − a_v a_w),    a_v = sigmoid((z_v − b_v) / T)
+        jaccard   mean_{v < w} Σ a_v a_w / Σ (a_v + a_w − a_v a_w),  a_v = sigmoid((z_v − b_v) / T)
         kendall   mean_v mean_{i ≠ j} tanh((z_i − z_j) / T) · tanh((z_{v,i} − z_{v,j}) / T)
         gap       −mean_i exp(−((z_i − b) / T)²)                       on the picture alone
 

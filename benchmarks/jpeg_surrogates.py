@@ -38,7 +38,11 @@ class ThroughIdentity(JpegCompression):
 
 
 def attacked(
-    model: LVLM, defense: JpegCompression | None, samples: Sequence[Sample], epsilon: float, steps: int
+    model: LVLM,
+    defense: JpegCompression | None,
+    samples: Sequence[Sample],
+    epsilon: float,
+    steps: int,
 ) -> Tensor:
     """Pictures attacked through a defence, or by an attack that does not know it."""
     compressor, attack = VisionZip(retention=0.25), PGD(path="compressed", steps=steps)

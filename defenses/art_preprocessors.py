@@ -165,12 +165,12 @@ class ArtRandom(ArtPreprocessor):
         return images + (hard - images).detach()
 
     def _one(self, image: npt.NDArray[np.float32], generator: torch.Generator) -> Any:  # noqa: ANN401
-        before = np.random.get_state()  # noqa: NPY002 - ART knows no other stream
-        np.random.seed(int(torch.randint(2**32, (1,), generator=generator)))  # noqa: NPY002
+        before = np.random.get_state()
+        np.random.seed(int(torch.randint(2**32, (1,), generator=generator)))
         try:
             return self.preprocessor()(image)[0]
         finally:
-            np.random.set_state(before)  # noqa: NPY002
+            np.random.set_state(before)
 
 
 @dataclass(frozen=True, kw_only=True)

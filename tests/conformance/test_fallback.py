@@ -1,4 +1,4 @@
-"""Rank margin on real models: when it falls back, to what, and what an attack that knows it gets."""
+"""Rank margin on a real model: when it falls back, to what, and what an adaptive attack gets."""
 
 from __future__ import annotations
 

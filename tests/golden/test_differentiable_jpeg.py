@@ -17,7 +17,7 @@ SIZES = [(96, 96), (48, 64), (17, 31), (40, 104), (50, 61)]
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Tensor:
-    """An 8-bit picture with large forms and a little noise, as photographs have, ``[1, 3, H, W]``."""
+    """An 8-bit picture ``[1, 3, H, W]`` with large forms and little noise, as photographs have."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 4, 4, generator=generator)
     fine = torch.randn(1, 3, height, width, generator=generator)

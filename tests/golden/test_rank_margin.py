@@ -82,7 +82,7 @@ def test_the_agreement_of_whole_rankings() -> None:
 
 @pytest.mark.parametrize("rate", [0, 0.05, 0.2, 0.9])
 def test_at_most_the_rate_falls_back(rate: float) -> None:
-    values = rand(40).tolist() + [0.5, 0.5, 0.5, 1.0, 1.0, 0.0]
+    values = [*rand(40).tolist(), 0.5, 0.5, 0.5, 1.0, 1.0, 0.0]
     threshold = threshold_for(values, rate)
     assert sum(one < threshold for one in values) <= rate * len(values)
     higher = [one for one in values if one > threshold]

@@ -10,15 +10,28 @@ from torch import Tensor
 
 from defenses.art_preprocessors import (
     FeatureSqueezing,
+    GaussianAugmentation,
     JpegCompression,
     SpatialSmoothing,
+    TotalVarMin,
     median,
     squeezed,
 )
 from defenses.base import AdaptiveRoute, DefenseError, InputDefense
+from defenses.differentiable_jpeg import jpeg
+from defenses.gaussian_vote import GaussianVote
 from defenses.resize_pad import ResizePad
+from defenses.voting import majority
 
-DEFENSES = [ResizePad(), JpegCompression(), FeatureSqueezing(), SpatialSmoothing()]
+DEFENSES = [
+    ResizePad(),
+    GaussianVote(),
+    JpegCompression(),
+    FeatureSqueezing(),
+    SpatialSmoothing(),
+    TotalVarMin(),
+    GaussianAugmentation(),
+]
 art = pytest.mark.skipif(importlib.util.find_spec("art") is None, reason="ART is not installed")
 
 
@@ -113,3 +126,81 @@ def test_the_border_has_the_mean_colour_and_the_picture_its_place(images: Tensor
     )[0]
     place = shrunk[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     torch.testing.assert_close(place, again)
+
+
+@art
+def test_jpeg_goes_backward_through_the_one_in_torch(images: Tensor) -> None:
+    defense, weight = JpegCompression(quality=40), torch.rand(images.shape)
+    live = images.clone().requires_grad_()
+    (found,) = torch.autograd.grad((defense(live, [0] * 3) * weight).sum(), live)
+    (wanted,) = torch.autograd.grad((jpeg(live, 40) * weight).sum(), live)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, weight, atol=0.1), "not the identity"
+
+
+@art
+@pytest.mark.parametrize("defense", [TotalVarMin(), GaussianAugmentation()])
+def test_what_art_draws_follows_our_seeds_alone(defense: InputDefense, images: Tensor) -> None:
+    import numpy as np
+
+    np.random.seed(3)
+    first = defense(images, [5, 6, 7])
+    after = np.random.rand()
+    np.random.seed(3)
+    assert after == np.random.rand(), "and leaves the global stream as it was"
+    assert torch.equal(first, defense(images, [5, 6, 7]))
+    other = defense(images, [5, 6, 8])
+    assert torch.equal(first[:2], other[:2])
+    assert not torch.equal(first[2], other[2])
+    assert defense.draws
+    assert defense.route is AdaptiveRoute.EOT
+
+
+@art
+def test_total_variation_falls(images: Tensor) -> None:
+    def variation(pictures: Tensor) -> float:
+        return float(pictures.diff(dim=2).abs().mean() + pictures.diff(dim=3).abs().mean())
+
+    some, more = (TotalVarMin(max_iter=n)(images, [1, 2, 3]) for n in (2, 10))
+    assert variation(more) < variation(some) < variation(images)
+    kept = TotalVarMin(lamb=1e-6, prob=1.0)(images, [1, 2, 3])
+    torch.testing.assert_close(kept, images, rtol=0, atol=0.02)
+
+
+@art
+def test_noise_has_the_deviation_asked_for() -> None:
+    grey = torch.full((2, 3, 64, 64), 0.5)
+    for defense in (GaussianVote(sigma=0.1), GaussianAugmentation(sigma=0.1)):
+        noise = defense(grey, [1, 2]) - grey
+        assert float(noise.std()) == pytest.approx(0.1, rel=0.02)
+        assert float(noise.mean()) == pytest.approx(0, abs=0.003)
+        assert float((noise[0] * noise[1]).mean()) == pytest.approx(0, abs=0.001)
+
+
+def test_a_vote_without_noise_is_one_answer(images: Tensor) -> None:
+    still = GaussianVote(sigma=0, copies=7)
+    assert torch.equal(still(images, [1, 2, 3]), images)
+    assert (still.votes, still.draws, still.route) == (1, False, AdaptiveRoute.DIFFERENTIABLE)
+    noisy = GaussianVote(copies=7)
+    assert (noisy.votes, noisy.draws, noisy.route) == (7, True, AdaptiveRoute.EOT)
+    assert ResizePad().votes == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "winner"),
+    [
+        (["yes"], 0),
+        (["no", "yes", "Yes.", "yes"], 1),
+        (["red", "blue", "blue", "red"], 0),  # a tie goes to the earliest
+        (["a  cat", "dog", "A cat!"], 0),
+        (["", "?", "?"], 1),  # nothing but punctuation is compared as it is
+        (["", "no", ""], 0),
+    ],
+)
+def test_the_majority_is_the_first_of_the_most_frequent(texts: list[str], winner: int) -> None:
+    assert majority(texts) == winner
+
+
+def test_a_vote_needs_a_voter() -> None:
+    with pytest.raises(DefenseError, match="no answers"):
+        majority([])
