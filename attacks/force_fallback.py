@@ -106,7 +106,9 @@ class ForceFallback(Attack):
         """Count what is kept of the clean images, then descend."""
         with torch.enable_grad():  # whether the ranking follows the picture shows in the graph
             clean = view.rank(batch.images.clone().requires_grad_(), batch.questions)
-        if not clean.log_score.requires_grad:
+            places = view.encode(batch.images[:1]).score.shape[1]
+        # A compressor that shrinks the picture first ranks other tokens than the picture has.
+        if not clean.log_score.requires_grad or clean.kept.shape[1] != places:
             return Proposal(batch.images, notes=(f"nothing was changed: {BLIND}",))
         count = clean.kept.sum(1)
         grid = None if self.signal == "gap" else self._grid(view, batch, clean.kept.shape[1])
@@ -241,7 +243,7 @@ def crowding(score: Tensor, count: Tensor) -> Tensor:
 def _edge(values: Tensor, count: Tensor) -> Tensor:
     """The K-th and the next best of each row, ``[B, 2]``; twice the last where all are kept."""
     falling = values.sort(dim=1, descending=True).values
-    return falling.gather(1, torch.stack([count - 1, count.clamp_max(values.shape[1] - 1)], 1))
+    return falling.gather(1, torch.stack([count - 1, count], 1).clamp(0, values.shape[1] - 1))
 
 
 def _bar(values: Tensor, count: Tensor) -> Tensor:
