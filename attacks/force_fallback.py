@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast, get_args
 
 import torch
 from annotated_types import Ge, Gt
@@ -87,7 +87,7 @@ class ForceFallback(Attack):
             return None
         return replace(
             self,
-            signal=signal if signal in get_args(Signal) else self.signal,
+            signal=cast(Signal, signal) if signal in get_args(Signal) else self.signal,
             shift=shift if type(shift) is int else None,
         )
 

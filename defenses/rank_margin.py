@@ -278,8 +278,8 @@ def larger(compressor: Compressor, tokens: int) -> Compressor | None:
     if 2 * compressor.budget(tokens) >= tokens:
         return None
     if compressor.retention is not None:
-        return cast(Compressor, replace(compressor, retention=2 * compressor.retention))  # type: ignore[type-var]
-    return cast(Compressor, replace(compressor, keep_tokens=2 * (compressor.keep_tokens or 1)))  # type: ignore[type-var]
+        return replace(compressor, retention=2 * compressor.retention)  # type: ignore[type-var]
+    return replace(compressor, keep_tokens=2 * (compressor.keep_tokens or 1))  # type: ignore[type-var]
 
 
 def threshold_for(stability: Sequence[float], rate: float) -> float:
