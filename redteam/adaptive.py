@@ -140,24 +140,3 @@ def omitted(scenario: Scenario) -> tuple[str, ...]:
         for defense in scenario.defenses
         if (why := obstacle(attack, defense))
     )
-
-
-def verdicts(scenario: Scenario) -> tuple[str, ...]:
-    """What the results of each defence are worth, one sentence each."""
-    found = []
-    for defense in scenario.defenses:
-        if defense.type == NONE:
-            continue
-        by = [attack.label for attack in scenario.attacks if meets(attack, defense)]
-        if by:
-            found.append(
-                f"{defense.label} was attacked adaptively by {', '.join(by)}; read those rows, all "
-                "others are upper bounds. The remaining rules for a verified defence (docs/"
-                "defenses.md) are not checked by this version."
-            )
-        else:
-            found.append(
-                f"no attack of this run adapts to {defense.label}, so its results are "
-                "UNVERIFIED (upper bound)."
-            )
-    return tuple(found)

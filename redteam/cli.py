@@ -255,6 +255,22 @@ def report(run_folder: RunFolder, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def audit(run_folder: RunFolder, as_json: AsJson = False) -> None:
+    """Say rule by rule what a run's figures of its defences are worth; needs no torch.
+
+    Exit codes: 0 all defences are ADAPTIVE-VERIFIED, 4 one or more are UNVERIFIED, 5 the run has
+    no defence, 2 it is no run folder.
+    """
+    from redteam.output import show_audit
+    from reports.metrics import summarise
+    from reports.store import RunStore
+
+    store = RunStore.read(run_folder)
+    summary = summarise(store.manifest, store.trials())
+    raise typer.Exit(show_audit(run_folder, summary, as_json=as_json))
+
+
+@app.command()
 def doctor(
     scenario: Annotated[
         str | None,

@@ -51,6 +51,7 @@ def resolve_gates(
                     min=gate.min,
                     where=where,
                     confidence=gate.confidence,
+                    allow_unverified=gate.allow_unverified,
                     line=findings.document.line(location),
                 )
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from redteam.scenario import Scenario
     from reports import Built
     from reports.measurement import Measurement
+    from reports.terminal import Table as Rows
 
 _WIDE: Final = 180
 """Columns where there is no terminal: nobody wants a wrapped table in a log."""
@@ -97,13 +98,9 @@ def show_report(
     console.print(Text(built.headline, style=_STYLES[built.verdict]))
     console.print(Text(built.why), soft_wrap=True)
     console.print()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, numeric in zip(built.table.columns, built.table.numeric, strict=True):
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in built.table.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    console.print()
+    for table in filter(None, (built.table, built.defenses)):
+        console.print(_rich(table))
+        console.print()
     for note in (*notes, *built.notes):
         console.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
     for label, path in (
@@ -113,6 +110,65 @@ def show_report(
     ):
         console.print(Text(f"{label:8} {path}"), soft_wrap=True)
     console.print(Text(f"next     {_next(folder, built, interrupted)}"), soft_wrap=True)
+
+
+def _rich(shown: Rows) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, numeric in zip(shown.columns, shown.numeric, strict=True):
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in shown.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def show_audit(folder: Path, summary: Mapping[str, Any], *, as_json: bool) -> ExitCode:
+    """The end of ``redteam audit``: every rule on every defence.
+
+    Returns:
+        PASS if all defences are verified, INCONCLUSIVE if one is not, NOTHING_SELECTED without any.
+    """
+    from reports.marks import UNVERIFIED, bare
+
+    defenses = summary["defenses"]
+    code = ExitCode.NOTHING_SELECTED if not defenses else ExitCode.PASS
+    if any(one["badge"] == UNVERIFIED for one in defenses):
+        code = ExitCode.INCONCLUSIVE
+    if as_json:
+        write_json({"folder": str(folder), "exit_code": int(code), "defenses": defenses})
+        return code
+    console = stdout()
+    if not defenses:
+        console.print("this run has no defence to audit")
+    for one in defenses:
+        for place in one["places"]:
+            where = f"{bare(one['defense'])} on {plain(place['target'])}, "
+            console.print()
+            console.print(
+                Text(f"{where}{plain(place['compression'])}: ", style="bold")
+                + Text(place["badge"], style=_BADGES[place["badge"] == UNVERIFIED])
+            )
+            console.print(_rules(place["rules"]))
+    return code
+
+
+_BADGES: Final = {True: "bold yellow", False: "bold green"}
+_STATES: Final = {"passed": "green", "failed": "red", "not checked": "yellow"}
+
+
+def _rules(rules: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("rule", "what", "level", "state", "seen, and what to do"):
+        table.add_column(name, justify="right" if name == "rule" else "left")
+    for rule in rules:
+        rest = f" — {rule['remedy']}" if rule["remedy"] else ""
+        table.add_row(
+            str(rule["rule"]),
+            rule["title"],
+            rule["level"],
+            Text(rule["state"], style=_STATES.get(rule["state"], "dim")),
+            Text(f"{plain(rule['message'])}{rest}"),
+        )
+    return table
 
 
 def show_measurement(folder: Path, found: Measurement, *, as_json: bool) -> None:
@@ -160,7 +216,10 @@ def _next(folder: Path, built: Built, interrupted: bool) -> str:
     if interrupted or built.exit_code is ExitCode.INCOMPLETE:
         return f"run the same command with --out {folder} to continue"
     if built.verdict is Verdict.INCONCLUSIVE and built.doubted:
-        return "follow the remedies of the self-checks, then run again into another folder"
+        return (
+            "follow the remedies of the self-checks and of redteam audit, then run again into "
+            "another folder"
+        )
     if built.verdict is Verdict.INCONCLUSIVE:
         return "raise dataset.samples: more samples narrow the intervals"
     if built.verdict is Verdict.NOT_GATED:

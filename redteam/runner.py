@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any, Protocol
 
 from redteam import provenance
-from redteam.adaptive import verdicts
 from redteam.capabilities import cautions
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import without
@@ -90,7 +89,7 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
         samples = without(samples, recorded(RunStore.read(folder).manifest.provenance))
         units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples))
         if not units:
-            return Finished(folder, build_reports(folder), False, _notes(scenario))
+            return Finished(folder, build_reports(folder), False, cautions(scenario))
     engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say)
     identity = engine.prepare()
     made_with = provenance.collect(engine.device, identity, scenario.engine.model_dump())
@@ -99,7 +98,7 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
     manifest = make_manifest(plan, samples, made_with)
     with RunStore.create_or_open(folder, manifest, scenario.text) as store:
         interrupted = _execute(plan, samples, engine, store, watcher)
-    return Finished(folder, build_reports(folder), interrupted, _notes(scenario))
+    return Finished(folder, build_reports(folder), interrupted, cautions(scenario))
 
 
 def _screened(
@@ -117,10 +116,6 @@ def _screened(
         problem = scenario.dataset.problem(f"filter {rule} leaves no sample: {counts}")
         raise NothingSelected(str(problem))
     return without(samples, left_out)
-
-
-def _notes(scenario: Scenario) -> tuple[str, ...]:
-    return (*verdicts(scenario), *cautions(scenario))
 
 
 def make_manifest(plan: Plan, samples: Samples, made_with: dict[str, Any]) -> Manifest:

@@ -180,7 +180,7 @@ class Scenario:
                 {**_named(attack), "epsilons": list(attack.epsilons)} for attack in self.attacks
             ],
             "defenses": [_named(method) for method in self.defenses],
-            "gates": [gate.model_dump(mode="json", exclude={"line"}) for gate in self.gates],
+            "gates": list(map(_gate, self.gates)),
             **({"surrogates": list(map(_named, self.surrogates))} if self.surrogates else {}),
             **({"checks": self.checks.model_dump()} if self.checks != ChecksOptions() else {}),
             **({"answers": self.answers.model_dump()} if self.answers != AnswerOptions() else {}),
@@ -196,6 +196,12 @@ def digest(value: object) -> str:
     """Stable hash (64 hex digits) of plain JSON data."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def _gate(gate: GateSpec) -> dict[str, Any]:
+    """A gate as it decides; an option that came later is told only where it is used."""
+    later = set() if gate.allow_unverified else {"allow_unverified"}
+    return gate.model_dump(mode="json", exclude={"line", *later})
 
 
 def _named(method: Method) -> dict[str, Any]:

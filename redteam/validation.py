@@ -98,6 +98,7 @@ class Gate(BaseModel):
         default_factory=dict
     )
     confidence: Annotated[float, Gt(0.5), Lt(1)] = 0.95
+    allow_unverified: bool = False
     name: Label | None = None
 
 

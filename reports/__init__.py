@@ -31,6 +31,7 @@ class Built:
         headline: the verdict in a few words.
         why: the verdict in one or two sentences.
         table: one row per cell, as plain strings for a terminal.
+        defenses: one row for each defence and place; None without defences.
         notes: what a reader should know before trusting the table, one sentence each.
         doubted: whether a self-check took the pass of a gate away.
     """
@@ -45,6 +46,7 @@ class Built:
     table: Table
     notes: tuple[str, ...]
     doubted: bool = False
+    defenses: Table | None = None
 
 
 def build_reports(folder: Path) -> Built:
@@ -56,6 +58,7 @@ def build_reports(folder: Path) -> Built:
         StoreError: if it is no run folder, is damaged, or cannot be written.
         ReportError: if manifest and ledger do not belong together.
     """
+    from reports import defended
     from reports.findings import collect
     from reports.html import render
     from reports.markdown import render_markdown
@@ -77,5 +80,6 @@ def build_reports(folder: Path) -> Built:
         why=summary["why"],
         table=table(summary),
         notes=notes(summary),
+        defenses=defended.table(summary),
         doubted=any(cell["doubt"] for gate in summary["gates"] for cell in gate["cells"]),
     )

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from reports.marks import defense_text
 from reports.records import Demands, Manifest
 from reports.terminal import Table
 from reports.text import epsilon_text, interval, number, plain
@@ -68,7 +69,7 @@ def table(manifest: Manifest, summary: Mapping[str, Any]) -> Table | None:
         ("target", False, [plain(cell["target"]) for cell in cells]),
         ("compression", False, [plain(cell["compression"]) for cell in cells]),
         ("attack", False, [plain(cell["attack"]) for cell in cells]),
-        ("defense", False, [plain(cell["defense"]) for cell in cells]),
+        ("defense", False, [defense_text(cell) or "none" for cell in cells]),
         ("ε", True, [epsilon_text(cell["epsilon"]) for cell in cells]),
         ("visual tokens", True, [_change(cell, "tokens") for cell in cells]),
         ("answer, full", True, [_change(cell, "length_full") for cell in cells]),

@@ -119,7 +119,7 @@ def run_checks(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]]) -> list
     """
     run = _Run(
         # Noise optimises nothing, and no budget leaves nothing to optimise.
-        tuple(cell for cell in cells if not _empty(cell)),
+        tuple(cell for cell in cells if not empty(cell)),
         {name: {row.sample: row for row in found} for name, found in rows.items()},
     )
     attacks = [cell for cell in run.cells if cell.knowledge != "none"]
@@ -129,13 +129,18 @@ def run_checks(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]]) -> list
         for look in (_counted, _no_gain, _non_monotone)
         for doubt in look(run, cell)
     ]
-    doubts += _stronger_black_box(run, [cell for cell in attacks if not _demanding(cell)])
+    doubts += _stronger_black_box(run, [cell for cell in attacks if not demanding(cell)])
     order = {cell.id: index for index, cell in enumerate(cells)}
     return sorted(doubts, key=lambda doubt: order[doubt.cell.id])
 
 
-def grouped(doubts: Sequence[Doubt]) -> list[Check]:
-    """Doubts as summary.json lists them: one entry for each code and attack."""
+def grouped(doubts: Sequence[Doubt], name: Callable[[Cell], str] = cell_label) -> list[Check]:
+    """Doubts as summary.json lists them: one entry for each code and attack.
+
+    Args:
+        doubts: of a run.
+        name: names a cell for people.
+    """
     found: dict[tuple[str, str], list[Doubt]] = {}
     for doubt in doubts:
         found.setdefault((doubt.code, doubt.cell.attack), []).append(doubt)
@@ -143,15 +148,15 @@ def grouped(doubts: Sequence[Doubt]) -> list[Check]:
         Check(
             code=code,
             cells=[doubt.cell.id for doubt in members],
-            message=_told(members),
+            message=_told(members, name),
             remedy=REMEDY[code],
         )
         for (code, _), members in found.items()
     ]
 
 
-def _told(members: Sequence[Doubt]) -> str:
-    first = f"{cell_label(members[0].cell)}: {members[0].message}"
+def _told(members: Sequence[Doubt], name: Callable[[Cell], str]) -> str:
+    first = f"{name(members[0].cell)}: {members[0].message}"
     rest = len(members) - 1
     return f"{first}; likewise in {count(rest, 'other cell')}" if rest else first
 
@@ -162,14 +167,24 @@ def vetoes(gate: GateSpec, doubts: Sequence[Doubt]) -> Doubt | None:
     A metric of clean images says nothing about the attack. All codes but one mean that the attack
     may be weaker than it could be: that undermines "at most so much damage", not "at least".
     """
-    if gate.metric == "clean_drop" or gate.metric.endswith("_clean"):
+    if of_clean(gate):
         return None
-    better = METRICS[gate.metric].better if gate.metric in METRICS else "neither"
-    harmless = (better == "lower" and gate.max is None) or (better == "higher" and gate.min is None)
     for doubt in doubts:
-        if doubt.code == "not-repeatable" or not harmless:
+        if doubt.code == "not-repeatable" or not harmless(gate):
             return doubt
     return None
+
+
+def of_clean(gate: GateSpec) -> bool:
+    """Whether a gate is on clean images, which no attack has touched."""
+    return gate.metric == "clean_drop" or gate.metric.endswith("_clean")
+
+
+def harmless(gate: GateSpec) -> bool:
+    """Whether a gate claims nothing that a stronger attack could undo."""
+    better = METRICS[gate.metric].better if gate.metric in METRICS else "neither"
+    at_least = (better == "lower" and gate.max is None) or (better == "higher" and gate.min is None)
+    return of_clean(gate) or at_least
 
 
 def _place(cell: Cell) -> tuple[str, ...]:
@@ -180,7 +195,7 @@ def _same(one: float, other: float) -> bool:
     return abs(one - other) < 1e-9
 
 
-def _empty(cell: Cell) -> bool:
+def empty(cell: Cell) -> bool:
     """Whether the budget holds no picture but the clean one."""
     return cell.epsilon < 1 / 255
 
@@ -192,7 +207,8 @@ def _broken(row: Row) -> bool:
     )
 
 
-def _compressed(row: Row) -> bool:
+def broke_compressed(row: Row) -> bool:
+    """The attack broke the compressed path, whatever it did to the full one."""
     return row.compressed_clean and not row.compressed_attacked
 
 
@@ -200,9 +216,9 @@ def _failure(row: Row) -> bool:
     return row.failure
 
 
-def _demanding(cell: Cell) -> bool:
+def demanding(cell: Cell) -> bool:
     """The attack is on availability: it wants tokens and long answers, not wrong ones."""
-    return _options(cell).get("type") in AVAILABILITY
+    return options_of(cell).get("type") in AVAILABILITY
 
 
 def _growth(row: Row) -> float:
@@ -213,14 +229,14 @@ def _growth(row: Row) -> float:
 
 def _reached(cell: Cell, row: Row) -> bool:
     """The attack did to a sample what it is for."""
-    return _growth(row) > 1 if _demanding(cell) else _broken(row)
+    return _growth(row) > 1 if demanding(cell) else _broken(row)
 
 
 _Event = Callable[[Row], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class _Paired:
+class Paired:
     """An event on the same samples in two cells."""
 
     n: int
@@ -230,7 +246,8 @@ class _Paired:
     """Exact two-sided McNemar; 1 where the two never differ."""
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[bool, bool]]) -> _Paired:
+    def of(cls, pairs: Sequence[tuple[bool, bool]]) -> Paired:
+        """Count pairs of (in the first, in the second)."""
         counts = Counter(pairs)
         only_first, only_second = counts[True, False], counts[False, True]
         p = mcnemar_exact(only_first, only_second)
@@ -242,8 +259,8 @@ class _Paired:
         return self.first > self.second and self.p <= ALPHA / comparisons
 
 
-def _compare(run: _Run, one: Cell, other: Cell, event: _Event) -> _Paired:
-    return _Paired.of([(event(mine), event(theirs)) for mine, theirs in run.pairs(one, other)])
+def _compare(run: _Run, one: Cell, other: Cell, event: _Event) -> Paired:
+    return Paired.of([(event(mine), event(theirs)) for mine, theirs in run.pairs(one, other)])
 
 
 def _counted(run: _Run, cell: Cell) -> Iterator[Doubt]:
@@ -267,9 +284,9 @@ def _counted(run: _Run, cell: Cell) -> Iterator[Doubt]:
 
 def _lifted(run: _Run, cell: Cell) -> bool:
     """The same attack with twice the steps or more breaks no more in the same run."""
-    mine = _options(cell)
+    mine = options_of(cell)
     for other in run.beside(cell):
-        theirs = _options(other)
+        theirs = options_of(other)
         if "steps" not in mine or {**theirs, "steps": 0} != {**mine, "steps": 0}:
             continue
         found = _compare(run, other, cell, _broken)
@@ -279,7 +296,8 @@ def _lifted(run: _Run, cell: Cell) -> bool:
     return False
 
 
-def _options(cell: Cell) -> Mapping[str, Any]:
+def options_of(cell: Cell) -> Mapping[str, Any]:
+    """The attack's resolved options, its type among them; empty if not recorded."""
     found = cell.spec.get("attack")
     return found if isinstance(found, Mapping) else {}
 
@@ -300,7 +318,7 @@ def _no_gain(run: _Run, cell: Cell) -> Iterator[Doubt]:
     noise, compared = found
     control, n = f"{plain(noise.attack)} of the same budget", count(compared.n, "sample")
     seen = f"it broke {compared.first} of {n} and {control} {compared.second}"
-    if _demanding(cell):
+    if demanding(cell):
         seen = (
             f"of {n} it made {compared.first} demand more than {control} did and "
             f"{compared.second} less"
@@ -311,40 +329,40 @@ def _no_gain(run: _Run, cell: Cell) -> Iterator[Doubt]:
 def _without_control(run: _Run, cell: Cell) -> Iterator[Doubt]:
     """No noise to compare with; where it failed or has no sample in common, errors say so."""
     controls = [one for one in run.beside(cell) if one.knowledge == "none"]
-    if not any(_area(one) == _area(cell) for one in controls):
+    if not any(area(one) == area(cell) for one in controls):
         yield Doubt(
             "no-control", cell, "the run has no noise of the same budget and norm beside it"
         )
 
 
-def _against_noise(run: _Run, cell: Cell) -> tuple[Cell, _Paired] | None:
+def _against_noise(run: _Run, cell: Cell) -> tuple[Cell, Paired] | None:
     """The strongest control of a cell, and the cell compared with it."""
     found = [
         (other, _gain(run, cell, other))
         for other in run.beside(cell)
-        if other.knowledge == "none" and _area(other) == _area(cell)
+        if other.knowledge == "none" and area(other) == area(cell)
     ]
     return max((one for one in found if one[1].n), key=lambda one: one[1].second, default=None)
 
 
-def _gain(run: _Run, cell: Cell, noise: Cell) -> _Paired:
+def _gain(run: _Run, cell: Cell, noise: Cell) -> Paired:
     """Samples on which an attack did more than noise, against those on which it did less."""
-    if not _demanding(cell):
+    if not demanding(cell):
         return _compare(run, cell, noise, _broken)
     pairs = [(_growth(mine), _growth(theirs)) for mine, theirs in run.pairs(cell, noise)]
-    return _Paired.of([(mine > theirs, theirs > mine) for mine, theirs in pairs])
+    return Paired.of([(mine > theirs, theirs > mine) for mine, theirs in pairs])
 
 
-def _area(cell: Cell) -> tuple[Any, ...]:
+def area(cell: Cell) -> tuple[Any, ...]:
     """Where an attack may change the picture; noise elsewhere is no control for it."""
-    options = _options(cell)
+    options = options_of(cell)
     border = options.get("border")
     return () if border is None else (border, options.get("frame", "inside"))
 
 
 def _non_monotone(run: _Run, cell: Cell) -> Iterator[Doubt]:
     """The same attack does more damage at a smaller budget."""
-    if _demanding(cell):
+    if demanding(cell):
         return
     smaller = [
         other
@@ -391,11 +409,11 @@ def _stronger_black_box(run: _Run, attacks: Sequence[Cell]) -> Iterator[Doubt]:
         for cell in white:
             for name, row in run.rows[cell.id].items():
                 if not row.error:
-                    union[name] = union.get(name, False) or _compressed(row)
+                    union[name] = union.get(name, False) or broke_compressed(row)
         for other in black:
-            found = _Paired.of(
+            found = Paired.of(
                 [
-                    (_compressed(row), union[name])
+                    (broke_compressed(row), union[name])
                     for name, row in run.rows[other.id].items()
                     if name in union and not row.error
                 ]

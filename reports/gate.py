@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from reports.marks import marked
 from reports.records import Cell, GateSpec
 from reports.registry import METRICS
 from reports.statistics import EMPTY, Estimate
@@ -52,7 +53,7 @@ class CellDecision(_Record):
     high: float | None
     n: int
     doubt: str = ""
-    """The self-check that took a pass away, in words; "" if none did."""
+    """The self-check, or the unverified defence, that took a pass away, in words; "" if none."""
 
 
 class GateDecision(_Record):
@@ -64,6 +65,7 @@ class GateDecision(_Record):
     min: float | None = None
     where: dict[str, str | float] = Field(default_factory=dict)
     confidence: float = 0.95
+    allow_unverified: bool = False
     line: int | None = None
     verdict: Verdict
     reason: str
@@ -113,9 +115,15 @@ class Progress(_Record):
         return None
 
 
-def cell_label(cell: Cell) -> str:
-    """Name a cell for people."""
-    defense = "" if cell.defense in ("", "none") else f" · {plain(cell.defense)}"
+def cell_label(cell: Cell, badge: str = "") -> str:
+    """Name a cell for people.
+
+    Args:
+        cell: of a run.
+        badge: of its defence, which its label then carries a mark of.
+    """
+    shown = marked(cell.defense, badge)
+    defense = f" · {shown}" if shown else ""
     return (
         f"{plain(cell.target)} · {plain(cell.compression)} · {plain(cell.attack)}"
         f"{defense} · ε {epsilon_text(cell.epsilon)}"
@@ -149,6 +157,7 @@ def decide_cell(
     estimate: Estimate | None,
     progress: Progress,
     doubts: Doubts = _no_doubt,
+    name: Callable[[Cell], str] = cell_label,
 ) -> CellDecision:
     """Decide one gate on one cell from the interval of the metric."""
     estimate = estimate and estimate.rounded()
@@ -162,7 +171,7 @@ def decide_cell(
     found = estimate or EMPTY
     return CellDecision(
         cell=cell.id,
-        label=cell_label(cell),
+        label=name(cell),
         verdict=verdict,
         reason=reason,
         value=found.value,
@@ -223,6 +232,7 @@ def decide(
     measure: Callable[[Cell, str, float], Estimate | None],
     progress: Callable[[Cell], Progress],
     doubts: Doubts = _no_doubt,
+    name: Callable[[Cell], str] = cell_label,
 ) -> GateDecision:
     """Decide one gate: its worst cell decides.
 
@@ -232,9 +242,17 @@ def decide(
         measure: estimate of (cell, metric, confidence), None for an unknown metric.
         progress: how much of a cell was measured.
         doubts: why a pass on a cell would be no evidence; it turns a PASS into INCONCLUSIVE.
+        name: names a cell for people.
     """
     decided = [
-        decide_cell(gate, cell, measure(cell, gate.metric, gate.confidence), progress(cell), doubts)
+        decide_cell(
+            gate,
+            cell,
+            measure(cell, gate.metric, gate.confidence),
+            progress(cell),
+            doubts,
+            name,
+        )
         for cell in cells
         if covers(gate, cell)
     ]

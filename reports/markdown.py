@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports import availability, transfer
+from reports import availability, defended, transfer
 from reports.findings import Findings
+from reports.marks import MEANING, bare, failed, rule_text
 from reports.reading import DIAGNOSIS, HOW_TO_READ, statements
 from reports.records import Manifest, Trial
 from reports.registry import METRICS
@@ -48,6 +49,7 @@ def render_markdown(manifest: Manifest, summary: Mapping[str, Any], found: Findi
         _gates(summary["gates"]),
         _bullets("What stands out", [escape(one, 2_000) for one in statements(summary)]),
         _cells(summary),
+        _defenses(summary),
         _availability(availability.table(manifest, summary)),
         transfer_section(summary.get("transfer")),
         _findings(found),
@@ -121,6 +123,29 @@ def _pair(row: Mapping[str, Any], target: str, name: str) -> str:
         shown += f" (noise {interval(one['control']['metrics'][name], 2)})"
     own = one["own"] and row["kind"] == "transfer"
     return escape(shown + (", target among its surrogates" if own else ""))
+
+
+def _defenses(summary: Mapping[str, Any]) -> str:
+    """Badge, what a defence saves and costs, and the rules that failed."""
+    shown = defended.table(summary)
+    if shown is None:
+        return ""
+    rows = [tuple(escape(value) for value in row) for row in shown.rows]
+    rules = [
+        f"{bare(one['defense'])} on {plain(place['target'])}, {plain(place['compression'])}: "
+        f"{rule_text(rule)}"
+        for one in summary["defenses"]
+        for place in one["places"]
+        for rule in (*failed(place), *failed(place, "SHOULD"))
+    ]
+    parts = [
+        "### Defences",
+        MEANING,
+        defended.CAPTION,
+        _table(shown.columns, rows, shown.numeric),
+        _bullets_only(rules),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _availability(shown: Table | None) -> str:

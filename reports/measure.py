@@ -7,6 +7,7 @@ metric and are counted apart. An empty denominator gives null, never 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from sys import intern
 from typing import NamedTuple
 
 import numpy as np
@@ -70,6 +71,14 @@ class Row(NamedTuple):
     sample: str = ""
     codes: tuple[str, ...] = ()
     """Of the self-checks that fired."""
+    pipelines: tuple[str, str] = ("", "")
+    """Hashes of what was attacked and of what is deployed; see `records.Pipelines`."""
+    seconds: tuple[float, ...] = ()
+    """Of the four answers; empty if unknown."""
+    traced: bool = False
+    """The attack left a trace of its loss."""
+    saved: bool = False
+    """The attacked image is in the run folder."""
 
     @property
     def failure(self) -> bool:
@@ -105,7 +114,25 @@ def row_of(trial: Trial) -> Row:
         means=tuple(map(_mean_values(trial).get, _MEANS)),
         sample=trial.sample,
         codes=tuple(check.partition(":")[0] for check in trial.checks),
+        pipelines=_pipelines(trial),
+        seconds=_seconds(trial),
+        traced=len(trial.loss) > 1,
+        saved=trial.attacked_png is not None,
     )
+
+
+def _pipelines(trial: Trial) -> tuple[str, str]:
+    found = trial.pipelines
+    # The same two strings in a hundred thousand rows.
+    return ("", "") if found is None else (intern(found.attacked), intern(found.deployed))
+
+
+def _seconds(trial: Trial) -> tuple[float, ...]:
+    found = trial.demands
+    if found is None:
+        return ()
+    four = (found.clean_full, found.clean_compressed, found.attacked_full)
+    return tuple(one.seconds for one in (*four, found.attacked_compressed))
 
 
 def _mean_values(trial: Trial) -> dict[str, float | None]:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from reports.availability import Latency
+from reports.badges import Badges
 from reports.checks import Doubt, grouped, run_checks, vetoes
 from reports.errors import ReportError
-from reports.gate import Progress, conclude, decide
+from reports.gate import Progress, cell_label, conclude, decide
 from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
 from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Effort, GateSpec, Manifest, Trial
 from reports.registry import METRICS, Metric
@@ -52,10 +53,14 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
 
     progress = {cell.id: _progress(rows[cell.id], len(manifest.samples)) for cell in manifest.cells}
     doubts = _doubts(manifest.cells, rows)
+    badges = Badges(manifest, rows, doubts)
 
     def doubt(gate: GateSpec, cell: Cell) -> str | None:
         found = vetoes(gate, doubts[cell.id])
-        return None if found is None else found.sentence
+        return badges.veto(gate, cell) if found is None else found.sentence
+
+    def name(cell: Cell) -> str:
+        return cell_label(cell, badges.of(cell))
 
     gates = [
         decide(
@@ -64,6 +69,7 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
             lambda cell, name, confidence: of(cell, confidence).get(name),
             lambda cell: progress[cell.id],
             doubt,
+            name,
         )
         for gate in manifest.gates
     ]
@@ -85,18 +91,20 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
         "gates": [gate.model_dump(mode="json") for gate in gates],
         "checks": [
             check.model_dump(mode="json")
-            for check in grouped([one for found in doubts.values() for one in found])
+            for check in grouped([one for found in doubts.values() for one in found], name)
         ],
+        "defenses": badges.as_json(),
         "cells": [
             {
                 **_cell(manifest, cell, rows[cell.id], of(cell, CONFIDENCE), progress[cell.id]),
+                "badge": badges.of(cell),
                 **effort.get(cell.id, {}),
                 **minimal_epsilon(cell, rows[cell.id]),
                 "checks": [{"code": one.code, "message": one.message} for one in doubts[cell.id]],
             }
             for cell in manifest.cells
         ],
-        "timings": timings,
+        "timings": {**timings, "defenses": badges.timings()},
     }
     matrix = transfer(manifest.cells, summary["cells"])
     return summary if matrix is None else {**summary, "transfer": matrix}

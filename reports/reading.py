@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reports.marks import defense_text
 from reports.text import count, epsilon_text, interval, number, plain
 
 Cell = Mapping[str, Any]
@@ -112,7 +113,8 @@ def minimal_text(found: Mapping[str, Any], epsilon: float) -> str:
 
 def cell_name(cell: Cell) -> str:
     """Attack and budget of a cell, defence included if there is one."""
-    defense = "" if cell["defense"] in ("", "none") else f" against {plain(cell['defense'])}"
+    shown = defense_text(cell)
+    defense = f" against {shown}" if shown else ""
     return f"{plain(cell['attack'])} at ε {epsilon_text(cell['epsilon'])}{defense}"
 
 

@@ -139,6 +139,19 @@ class Demands(_Record):
     attacked_compressed: Demand
 
 
+class Pipelines(_Record):
+    """What stands between a picture and an answer, hashed on both sides of a trial.
+
+    A hash is over the compressor, the parts of the defence and the decoder as they were used, not
+    as they were planned, so that an attack on something else than what is deployed shows.
+    """
+
+    deployed: str
+    """Of what gave the answers through compression."""
+    attacked: str = ""
+    """Of what the attack took its gradients or answers from; "" where the defence was not in it."""
+
+
 class TrialError(_Record):
     """Why a trial could not be measured."""
 
@@ -180,6 +193,8 @@ class Trial(_Record):
     """Of an attack made of others: which of them made the image."""
     demands: Demands | None = None
     """None in ledgers from before they were recorded."""
+    pipelines: Pipelines | None = None
+    """None without a defence, and in ledgers from before they were recorded."""
     loss: list[float] = Field(default_factory=list)
     """The attack's loss trace, at most 64 points, first and last included."""
     checks: list[str] = Field(default_factory=list)
@@ -214,6 +229,37 @@ class Trial(_Record):
         return Outcome.FAILURE if attacked.correct else Outcome.SUCCESS
 
 
+class PartFacts(_Record):
+    """One of the acts that a defence is made of."""
+
+    id: str
+    """Hash of it with its options; that of a defence which is this alone is the same."""
+    name: str
+    kind: str
+
+
+class DefenseFacts(_Record):
+    """What a defence says of itself: which rules of an honest evaluation apply to it."""
+
+    id: str
+    """Hash of it with its options."""
+    kind: str
+    """Where it acts: a value of `DefenseKind`."""
+    route: str
+    """How a gradient goes through it: a value of `AdaptiveRoute`."""
+    stochastic: bool
+    """Two runs on one picture may differ."""
+    iterative: bool = False
+    """It optimises while answering."""
+    parts: list[PartFacts] = Field(default_factory=list)
+    """What it is made of; itself alone where it is whole."""
+    beams: int = 1
+    """Answers it follows at a time."""
+    calibration: list[str] | None = None
+    """Ids of the samples that a threshold or a direction was fitted to; None if it does not tell,
+    or needs none."""
+
+
 class Cell(_Record):
     """One point of the plan: a target, a compression, an attack, a defence, a budget.
 
@@ -236,6 +282,12 @@ class Cell(_Record):
     """Resolved options: {"target": {...}, "compression": {...}, "attack": {...}, ...}."""
     declared: dict[str, int] = Field(default_factory=dict)
     """What the attack may spend on one sample: steps (gradients, all restarts) and queries."""
+    guard: DefenseFacts | None = None
+    """Of the defence; None without one, and in manifests from before it was recorded."""
+    knows_defense: bool | None = None
+    """Whether the images depend on the defence; None as for `guard`."""
+    knows_seed: bool | None = None
+    """Whether the attacker knows the draws of a random defence, and not only how it draws."""
 
 
 class GateSpec(_Record):
@@ -248,6 +300,8 @@ class GateSpec(_Record):
     where: dict[str, str | float] = Field(default_factory=dict)
     """Cells it covers: any of target, compression, attack, defense (labels) and epsilon."""
     confidence: float = 0.95
+    allow_unverified: bool = False
+    """Whether it may pass on cells of a defence that is not verified."""
     line: int | None = None
     """Line of the gate in the scenario file."""
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reports import marks
+from reports.marks import defense_text
 from reports.text import count, epsilon_text, interval, number, plain
 
 
@@ -31,7 +33,7 @@ def table(summary: Mapping[str, Any]) -> Table:
         ("target", False, [plain(cell["target"]) for cell in cells]),
         ("compression", False, [plain(cell["compression"]) for cell in cells]),
         ("attack", False, [plain(cell["attack"]) for cell in cells]),
-        ("defense", False, [plain(cell["defense"]) for cell in cells]),
+        ("defense", False, [defense_text(cell) or "none" for cell in cells]),
         ("ε", True, [epsilon_text(cell["epsilon"]) for cell in cells]),
         ("n", True, [f"{cell['n']:,}" for cell in cells]),
         ("errors", True, [f"{cell['errors']:,}" for cell in cells]),
@@ -101,6 +103,7 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
             + (f" (left out: {why}); manifest.json lists them." if why else ".")
         )
     found += _checks(summary["checks"], {cell["id"]: cell["attack"] for cell in cells})
+    found += marks.notes(summary)
     small = [cell["n"] for cell in cells if 0 < cell["n"] < 30]
     if small:
         found.append(

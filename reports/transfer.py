@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from reports.marks import defense_text, worst
 from reports.records import Cell
 from reports.text import epsilon_text, number, plain
 
@@ -84,6 +85,7 @@ def _matrix(
     return {
         "compression": compression,
         "defense": defense,
+        "badge": worst(by_id[cell.id].get("badge", "") for cell in same),
         "epsilon": made[0].epsilon,
         "border": border,
         "frame": frame,
@@ -157,8 +159,8 @@ def _above(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool | None:
 def title(table: Mapping[str, Any]) -> str:
     """Setting, budget and place of a table."""
     parts = [plain(table["compression"]), f"ε {epsilon_text(table['epsilon'])}"]
-    if table["defense"] not in ("", "none"):
-        parts.append(plain(table["defense"]))
+    if defense_text(table):
+        parts.append(defense_text(table))
     if table["border"] is not None:
         kind = "added frame" if table["frame"] == "added" else "border inside the picture"
         parts.append(f"{kind}, {number(table['border'])} of the shorter side")

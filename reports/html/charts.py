@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from reports.html import svg
+from reports.marks import defense_text
 from reports.reading import NORMS, cell_name, minimal_text
 from reports.text import epsilon_text, interval, plain
 
@@ -195,6 +196,7 @@ def _curves(title: str, cells: Sequence[Cell], series: Mapping[tuple[str, str], 
         name: [] for name in series if any(name == (c["attack"], c["defense"]) for c in cells)
     }
     said = []
+    against = {(cell["attack"], cell["defense"]): _against(cell) for cell in cells}
     for cell in sorted(cells, key=lambda one: one["epsilon"]):
         csfr = cell["metrics"]["csfr"]
         point = svg.Point(place[cell["epsilon"]], csfr["value"], csfr["low"], csfr["high"])
@@ -204,13 +206,14 @@ def _curves(title: str, cells: Sequence[Cell], series: Mapping[tuple[str, str], 
     return Curves(
         title=title,
         drawing=svg.curves([(series[name].kind, line) for name, line in lines.items()], ticks),
-        legend=tuple((series[name].kind, _against(*name)) for name in lines),
+        legend=tuple((series[name].kind, against[name]) for name in lines),
         description="; ".join(said),
     )
 
 
-def _against(attack: str, defense: str) -> str:
-    return plain(attack) + ("" if defense in ("", "none") else f" against {plain(defense)}")
+def _against(cell: Cell) -> str:
+    shown = defense_text(cell)
+    return plain(cell["attack"]) + (f" against {shown}" if shown else "")
 
 
 def survival_charts(cells: Sequence[Cell]) -> list[Curves]:

@@ -13,11 +13,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import availability, taxonomy, text, transfer
+from reports import availability, defended, taxonomy, text, transfer
 from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
 from reports.html import charts, svg
 from reports.html.images import Pair, load_pair
+from reports.marks import MEANING, VERIFIED, bare, defense_text
 from reports.reading import (
     DIAGNOSIS,
     HOW_TO_READ,
@@ -74,6 +75,8 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         A whole HTML document: no script, no outside resource, every foreign string escaped.
     """
     manifest, cells = store.manifest, summary["cells"]
+    badges = {cell["id"]: cell["badge"] for cell in cells}
+    labels = {cell.id: cell_label(cell, badges[cell.id]) for cell in manifest.cells}
     page = environment().get_template("report.html")
     return page.render(
         **styled(),
@@ -87,14 +90,18 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         survival=charts.survival_charts(cells),
         availability=availability.table(manifest, summary),
         availability_caption=availability.CAPTION,
+        defenses=defended.table(summary),
+        defenses_caption=defended.CAPTION,
+        defenses_meaning=MEANING,
+        verified=VERIFIED,
         groups=charts.grouped(cells),
         several_targets=len({cell["target"] for cell in cells}) > 1,
         tested=list(_tested(manifest)),
         threats=_threats(manifest),
-        findings=[_view(store, trial, index) for index, trial in enumerate(found.shown, 1)],
+        findings=[_view(store, trial, index, labels) for index, trial in enumerate(found.shown, 1)],
         found=found,
         shown_limit=SHOWN,
-        labels={cell.id: cell_label(cell) for cell in manifest.cells},
+        labels=labels,
         provenance=list(flatten(manifest.provenance)),
         scenario=store.scenario_text(),
         taxonomy=taxonomy.entries(manifest.cells),
@@ -133,6 +140,8 @@ def environment() -> Environment:
         interval=text.interval,
         count=text.count,
         diagnosis=diagnosis_text,
+        defense=defense_text,
+        bare=bare,
         block=_block,
         warmth=_warmth,
     )
@@ -233,7 +242,7 @@ def _declared(cell: Cell) -> str:
     return ", ".join(filter(None, words)) or "nothing"
 
 
-def _view(store: RunStore, trial: Trial, index: int) -> FindingView:
+def _view(store: RunStore, trial: Trial, index: int, labels: Mapping[str, str]) -> FindingView:
     pair = load_pair(store, trial.clean_png, trial.attacked_png)
     tokens, answers = trial.tokens, trial.answers
     key = trial.swap.diagnosis.value if trial.swap else "undiagnosed"
@@ -243,7 +252,6 @@ def _view(store: RunStore, trial: Trial, index: int) -> FindingView:
         ("attacked", "full", answers.attacked_full),
         ("attacked", "compressed", answers.attacked_compressed),
     ]  # fmt: skip
-    cell = next(cell for cell in store.manifest.cells if cell.id == trial.cell)
     overlays = (
         [svg.overlay(tokens.grid, kept, tokens.evidence, tokens.boxes)
          for kept in (tokens.kept_clean, tokens.kept_attacked)]
@@ -253,7 +261,7 @@ def _view(store: RunStore, trial: Trial, index: int) -> FindingView:
     return FindingView(
         anchor=f"finding-{index}",
         trial=trial,
-        cell=cell_label(cell),
+        cell=labels[trial.cell],
         pair=None if isinstance(pair, str) else pair,
         problem=pair if isinstance(pair, str) else "",
         kept_clean=overlays[0],

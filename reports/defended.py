@@ -1,0 +1,87 @@
+"""The table of defences, from summary.json: badge, what they save, what they cost, what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from reports.marks import bare, failed
+from reports.terminal import Table
+from reports.text import epsilon_text, interval, number, plain
+
+CAPTION: Final = (
+    "CSFR without → with the defence at the largest budget below 64/255, worst case over attacks, "
+    "sample by sample: of attacks that do not know it, and of attacks that do. Clean accuracy and "
+    "seconds of one compressed answer, mean and 95th percentile, without → with it."
+)
+
+
+def table(summary: Mapping[str, Any]) -> Table | None:
+    """One row for each defence and place; None in a run without defences."""
+    places = [(one, place) for one in summary.get("defenses", ()) for place in one["places"]]
+    if not places:
+        return None
+    times = {
+        (one["defense"], one["target"], one["compression"]): one["seconds"]
+        for one in summary["timings"].get("defenses", ())
+    }
+    rows = []
+    for one, place in places:
+        top = headline(place)
+        seconds = times.get((one["defense"], place["target"], place["compression"]))
+        rows.append(
+            (
+                bare(one["defense"]),
+                plain(place["target"]),
+                plain(place["compression"]),
+                place["badge"],
+                epsilon_text(top["epsilon"]) if top else "—",
+                _change(top, "non_adaptive"),
+                _change(top, "adaptive"),
+                _accuracy(place["clean"], "full"),
+                _accuracy(place["clean"], "compressed"),
+                _took(seconds),
+                ", ".join(str(rule["rule"]) for rule in failed(place)) or "none",
+            )
+        )
+    return Table(
+        columns=(
+            "defense", "target", "compression", "badge", "ε", "CSFR, not knowing it",
+            "CSFR, knowing it", "clean, full", "clean, compressed", "seconds", "failed rules",
+        ),
+        numeric=(False, False, False, False, True, True, True, True, True, True, False),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _change(budget: Mapping[str, Any] | None, sort: str) -> str:
+    if budget is None or not budget[sort]["attacks"]:
+        return "no attack"
+    rate = budget[sort]["csfr"]
+    return f"{number(rate['none']['value'], 2)} → {interval(rate['defended'], 2)}"
+
+
+def _accuracy(clean: Mapping[str, Any], path: str) -> str:
+    both = clean[path]
+    return f"{number(both['none']['value'], 2)} → {number(both['defended']['value'], 2)}"
+
+
+def _took(seconds: Mapping[str, Any] | None) -> str:
+    """Compressed path: ``0.012 → 0.031 (p95 0.014 → 0.040)``."""
+    both = (seconds or {}).get("compressed") or {}
+    if not both.get("none") or not both.get("defended"):
+        return "n/a"
+    (mean, p95) = (
+        f"{number(both['none'][part], 3)} → {number(both['defended'][part], 3)}"
+        for part in ("mean", "p95")
+    )
+    return f"{mean} (p95 {p95})"
+
+
+def headline(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The budget that stands in the table: the largest below 64/255, else the largest."""
+    budgets = entry["budgets"]
+    small = [one for one in budgets if not one["large"]]
+    known = [one for one in small if one["adaptive"]["attacks"]]
+    found = known or small or budgets
+    return found[-1] if found else None
