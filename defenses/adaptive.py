@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from defenses.base import Defense, DefenseError
+from defenses.fingerprint import pipeline
 from defenses.guard import Guard
 from defenses.selection import SelectionDefense, ViewConsensus, drawn
 from defenses.voting import majority
@@ -55,6 +56,7 @@ class DefendedView(View):
 
     Attributes:
         passes_in: passes of one picture through a model in a call of a name with these keywords.
+        pipeline: hash of what its calls go through, see `defenses.fingerprint`.
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class DefendedView(View):
         knowledge: Knowledge,
         calls: dict[str, Callable[..., Any]],
         passes_in: Callable[[str, Mapping[str, Any]], int],
+        pipeline: str = "",
     ) -> None:
         super().__init__(knowledge, calls)
-        self.passes_in = passes_in
+        self.passes_in, self.pipeline = passes_in, pipeline
 
 
 def passes_of(defense: Defense, draws: int) -> int:
@@ -121,7 +124,7 @@ def defended(
     def passes_in(name: str, given: Mapping[str, Any]) -> int:
         return through.fewer(name, given) or passes_of(defense, draws)
 
-    return cast(ImageView, DefendedView(knowledge, calls, passes_in))
+    return cast(ImageView, DefendedView(knowledge, calls, passes_in, through.pipeline))
 
 
 def _in_the_graph(guard: Guard) -> tuple[SelectionDefense, ...]:
@@ -157,6 +160,7 @@ class _Through:
         self._everywhere_alike = not any(one is not None and one.draws for one in drawing)
         self._called = 0
         self._protected(compressor, 0)  # what does not go together is refused here
+        self.pipeline = pipeline(compressor, self._guard)
 
     def call(self, name: str) -> Callable[..., Any]:
         """One call of the view, by its name in `targets.base.CALLS`."""

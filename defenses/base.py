@@ -94,6 +94,9 @@ class Defense(ABC):
                 f"{cls.adaptive.name}"
             )
 
+    iterative: ClassVar[bool] = False
+    """Whether it optimises while it answers, so that an attack has to unroll it or go around it."""
+
     @property
     def route(self) -> AdaptiveRoute:
         """The route through this configuration; differs from `adaptive` where an option decides."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 
-from defenses.base import Defense
-from defenses.selection import Protected
+from defenses.guard import Guard
+from defenses.selection import Protected, SelectionDefense
 from targets.compression.base import Compressor
 
 
@@ -21,29 +22,30 @@ def fingerprint(method: object) -> str:
     return _digest([repr(method)])
 
 
-def pipeline(compressor: Compressor | None, parts: Iterable[object]) -> str:
-    """12 hex digits of a pipeline.
+def pipeline(compressor: Compressor | None, guard: Guard) -> str:
+    """12 hex digits of a compressor, the parts of a defence that change answers, and the decoder.
 
     Args:
         compressor: as it is without a defence; None if it is not part of the pipeline.
-        parts: the acts of the defence in it, in any order: where each acts is fixed by its kind.
+        guard: the parts as they are used.
     """
-    return _digest([repr(compressor), *sorted(map(repr, parts))])
+    parts = (guard.encoder, guard.inputs, guard.selections, guard.decoding, guard.fallback)
+    return _digest([repr(compressor), *map(repr, parts)])
 
 
-def deployed(compressor: Compressor, parts: Iterable[object] = ()) -> str:
-    """`pipeline` of a compressor that selection defences may have been put into.
+def deployed(compressor: Compressor, guard: Guard) -> str:
+    """`pipeline` of a compressor that selection defences have been put into.
 
     Args:
-        compressor: as it answers, with the defences of the selection in it.
-        parts: the other acts of the defence.
+        compressor: as it answers.
+        guard: the other parts; its own selections count for nothing, those in the compressor do.
     """
-    inside: list[Defense] = []
+    inside: list[SelectionDefense] = []
     while isinstance(compressor, Protected):
         inside.append(compressor.defense)
         compressor = compressor.base
-    return pipeline(compressor, [*inside, *parts])
+    return pipeline(compressor, replace(guard, selections=tuple(reversed(inside))))
 
 
-def _digest(words: list[str]) -> str:
+def _digest(words: Sequence[str]) -> str:
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=6).hexdigest()

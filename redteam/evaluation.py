@@ -229,6 +229,14 @@ class Asker:
             self._protected[key] = self.guard(defense).protect(plain, salt)
         return self._protected[key]
 
+    def pipeline(self, compression: Method, defense: Method) -> str:
+        """Hash of what answers through a compression under a defence; "" where none acts."""
+        if not self.acts(defense, compressed=True):
+            return ""
+        from defenses.fingerprint import deployed
+
+        return deployed(self.compressor(compression, defense), self.guard(defense))
+
     def acts(self, defense: Method, *, compressed: bool) -> bool:
         """Whether a defence changes an answer on a path.
 

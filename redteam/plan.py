@@ -18,6 +18,7 @@ from typing import Any
 from redteam.adaptive import NONE, adapt, met
 from redteam.capabilities import mismatches
 from redteam.errors import ScenarioError
+from redteam.facts import told
 from redteam.scenario import Method, Scenario, digest
 from reports.records import Cell
 
@@ -311,5 +312,6 @@ def _cell(
             "steps": traits.gradients * max(1, len(surrogates)),
             "queries": traits.queries,
         },
+        **told(attack, defense),
     )
     return PlannedCell(cell, compression, defense)

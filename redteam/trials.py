@@ -9,7 +9,7 @@ import numpy as np
 
 from redteam.diagnosis import Places, compare, judge
 from redteam.pictures import Pixels, distance
-from reports.records import Answers, Cell, Demand, Demands, Effort, Swap, Tokens, Trial
+from reports.records import Answers, Cell, Demand, Demands, Effort, Pipelines, Swap, Tokens, Trial
 
 if TYPE_CHECKING:
     from redteam.batching import Failure
@@ -32,6 +32,7 @@ class Attacked:
         effort: what making it took.
         made_by: which part of a combined attack made it.
         base: what its budget was measured from.
+        pipeline: hash of the defended target it was made on; "" if on none.
     """
 
     shot: Shot
@@ -43,6 +44,7 @@ class Attacked:
     effort: Effort
     made_by: str
     base: Shot
+    pipeline: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def measured(
     places: Places,
     evidence: Bools | None,
     shared: int,
+    deployed: str = "",
 ) -> Trial:
     """A trial that could be measured.
 
@@ -95,6 +98,7 @@ def measured(
         places: of the visual tokens.
         evidence: bool ``[V]``; None if unknown.
         shared: cells that share the image, among which its cost is divided.
+        deployed: hash of what answered through compression; "" without a defence.
     """
     full, compressed, hit_full, hit = replies
     sample, clean = attacked.shot.sample, attacked.clean
@@ -129,6 +133,7 @@ def measured(
             attacked_full=_demand(hit_full, places),
             attacked_compressed=_demand(hit, places),
         ),
+        pipelines=Pipelines(deployed=deployed, attacked=attacked.pipeline) if deployed else None,
         clean_png=clean.png,
         attacked_png=attacked.shot.png,
         loss=attacked.loss,

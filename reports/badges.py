@@ -156,7 +156,7 @@ def _same_attacks(cells: Iterable[Cell], others: Sequence[Cell]) -> list[Cell]:
 
 
 def _csfr(case: Case, cells: Iterable[Cell]) -> dict[str, Any]:
-    """Of samples right clean on both paths, the share that any attack broke only when compressed."""
+    """Of samples right clean on both paths, the share that an attack broke only when compressed."""
     able: dict[str, bool] = {}
     for cell in cells:
         for name, row in case.measured(cell).items():

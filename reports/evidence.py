@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from reports.checks import Doubt, Paired, area, broke_compressed, demanding, empty, options_of
+from reports.availability import TYPES as AVAILABILITY
+from reports.checks import Doubt, Paired, area, broke_compressed, empty, options_of
 from reports.measure import Row
 from reports.records import Cell, DefenseFacts, Manifest
 
@@ -20,6 +21,9 @@ GRADIENTS: Final = frozenset({"white_box", "compressed", "encoder"})
 """Knowledge of attacks that take the target's gradients."""
 ASKING: Final = frozenset({"query", "scores"})
 """Knowledge of attacks that ask the target and take no gradient."""
+
+FORCING: Final = frozenset({"force_fallback"}) | AVAILABILITY
+"""Attacks that want an answer to cost more, not to be wrong."""
 
 Rows = Mapping[str, Mapping[str, Row]]
 """By id of the cell and of the sample."""
@@ -40,6 +44,11 @@ def budget_of(cell: Cell) -> Budget:
     return cell.norm, round(cell.epsilon, 9)
 
 
+def forcing(cell: Cell) -> bool:
+    """Whether an attack wants an answer to cost more."""
+    return options_of(cell).get("type") in FORCING
+
+
 def is_large(budget: Budget) -> bool:
     """Whether an attack within it should break anything."""
     return budget[0] == "linf" and budget[1] >= LARGE - 1e-9
@@ -53,6 +62,7 @@ class Case:
         cells: of the defence, at this place, with a budget that is not empty.
         controls: the same place without a defence.
         others: the same place under other defences.
+        forcing: attacks on this defence that want its answers to cost more.
         rows: of all of them; samples that ended in an error included.
         doubts: self-checks of the run, by id of the cell.
         manifest: of the run.
@@ -61,6 +71,7 @@ class Case:
     cells: tuple[Cell, ...]
     controls: tuple[Cell, ...]
     others: tuple[Cell, ...]
+    forcing: tuple[Cell, ...]
     rows: Rows
     doubts: Mapping[str, Sequence[Doubt]]
     manifest: Manifest
@@ -195,26 +206,27 @@ def cases(
         doubts: self-checks of the run, by id of the cell.
     """
     by_sample = {name: {row.sample: row for row in found} for name, found in rows.items()}
-    # An attack on availability wants long answers, not wrong ones, so it says nothing here.
-    cells = [cell for cell in manifest.cells if not empty(cell) and not demanding(cell)]
-    places: dict[tuple[str, str, str], None] = {
-        (cell.defense, cell.target, cell.compression): None
+    cells = [cell for cell in manifest.cells if not empty(cell)]
+    places = dict.fromkeys(
+        (cell.defense, cell.target, cell.compression)
         for cell in cells
-        if not undefended(cell)
-    }
+        if not undefended(cell) and not forcing(cell)
+    )
     found = []
     for defense, target, compression in places:
-        here = [c for c in cells if (c.target, c.compression) == (target, compression)]
+        at = [c for c in cells if (c.target, c.compression) == (target, compression)]
+        here = [cell for cell in at if not forcing(cell)]  # wrong answers are not what it wants
+        own = [cell for cell in at if cell.defense == defense]
         found.append(
             Case(
-                cells=tuple(cell for cell in here if cell.defense == defense),
+                cells=tuple(cell for cell in own if not forcing(cell)),
                 controls=tuple(filter(undefended, here)),
                 others=tuple(c for c in here if c.defense != defense and not undefended(c)),
+                forcing=tuple(filter(forcing, own)),
                 rows=by_sample,
                 doubts=doubts,
                 manifest=manifest,
             )
         )
-    return sorted(
-        found, key=lambda case: list(dict.fromkeys(p[0] for p in places)).index(case.defense)
-    )
+    order = list(dict.fromkeys(place[0] for place in places))
+    return sorted(found, key=lambda case: order.index(case.defense))

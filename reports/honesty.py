@@ -211,7 +211,12 @@ def _costs(case: Case) -> Outcome:
             return _failed(f"the seconds of answers {what} the defence are not recorded")
     if not common_clean(case):
         return _failed("no sample was answered both with and without the defence")
-    return _passed("clean accuracy and seconds (mean, 95th percentile) of both paths are there")
+    pairs = common_clean(case)
+    fell = sum(pair[0].fallbacks[0] for pair in pairs)
+    rate = f"; {fell} of {count(len(pairs), 'sample')} fall back" if fell else ""
+    return _passed(
+        f"clean accuracy and seconds (mean, 95th percentile) of both paths are there{rate}"
+    )
 
 
 def _undefended_control(case: Case) -> Outcome:
@@ -496,6 +501,15 @@ def _slow_down(case: Case) -> Outcome:
         return _needs(3, "record of what the defence is")
     if not case.kinds & {"detector", "fallback"}:
         return _not_applicable("it asks for nothing more than one answer")
+    for cell in case.forcing:
+        rows = case.measured(cell).values()
+        if rows and all(row.seconds for row in rows):
+            clean, hit = (sum(row.fallbacks[side] for row in rows) for side in (0, 1))
+            took = [sum(row.seconds[index] for row in rows) for index in (1, 3)]
+            return _passed(
+                f"under {_name(cell)} {hit} of {count(len(rows), 'sample')} fall back (clean "
+                f"{clean}), and answers take {took[1] / max(took[0], 1e-9):.2f} times as long"
+            )
     return _failed("no attack of the run tries to make it spend more")
 
 
@@ -664,7 +678,8 @@ RULES: Final[tuple[Rule, ...]] = (
         25,
         "slow-down",
         "MUST",
-        "this version cannot show it; read its cost as a lower bound",
+        "list an attack that wants it to spend more, such as force_fallback or verbose; until then "
+        "read its cost as a lower bound",
         _slow_down,
     ),
     Rule(

@@ -79,6 +79,8 @@ class Row(NamedTuple):
     """The attack left a trace of its loss."""
     saved: bool = False
     """The attacked image is in the run folder."""
+    fallbacks: tuple[bool, bool] = (False, False)
+    """Whether the clean and the attacked image were given more tokens than the compressor keeps."""
 
     @property
     def failure(self) -> bool:
@@ -118,6 +120,7 @@ def row_of(trial: Trial) -> Row:
         seconds=_seconds(trial),
         traced=len(trial.loss) > 1,
         saved=trial.attacked_png is not None,
+        fallbacks=_fallbacks(trial),
     )
 
 
@@ -125,6 +128,13 @@ def _pipelines(trial: Trial) -> tuple[str, str]:
     found = trial.pipelines
     # The same two strings in a hundred thousand rows.
     return ("", "") if found is None else (intern(found.attacked), intern(found.deployed))
+
+
+def _fallbacks(trial: Trial) -> tuple[bool, bool]:
+    found = trial.demands
+    if found is None:
+        return (False, False)
+    return found.clean_compressed.fallback, found.attacked_compressed.fallback
 
 
 def _seconds(trial: Trial) -> tuple[float, ...]:

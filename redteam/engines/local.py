@@ -46,6 +46,7 @@ class _Made:
     seconds: float
     effort: Effort
     made_by: str
+    pipeline: str
 
 
 @dataclass(slots=True)
@@ -349,6 +350,7 @@ class LocalEngine:
         effort = Effort(
             forwards=result.forwards, backwards=result.backwards, queries=result.queries
         )
+        pipeline = getattr(view, "pipeline", "")
         makers = result.made_by or ("",) * len(samples)
         return [
             _Made(
@@ -360,6 +362,7 @@ class LocalEngine:
                 seconds,
                 effort,
                 makers[row],
+                pipeline,
             )
             for row, (pixels, base) in enumerate(
                 zip(to_pixels(result.images), to_pixels(result.base), strict=True)
@@ -426,6 +429,7 @@ class LocalEngine:
             else:
                 ready[index] = (image, tuple(one for one in four if isinstance(one, Reply)))
         swapped = self._swap(asker, planned, ready)
+        deployed = asker.pipeline(planned.compression, planned.defense)
         trials = []
         for index in unit.samples:
             swap = failed.get(index) or swapped.get(index)
@@ -435,7 +439,9 @@ class LocalEngine:
             one, replied = ready[index]
             evidence = asker.evidence(one.clean)
             places = asker.places(one.clean)
-            trials.append(measured(planned.cell, one, replied, swap, places, evidence, shared))
+            trials.append(
+                measured(planned.cell, one, replied, swap, places, evidence, shared, deployed)
+            )
         return trials
 
     def _unmeasured(
@@ -509,6 +515,7 @@ def _attacked(made: _Made, clean: Shot, store: RunStore) -> Attacked:
         seconds=made.seconds,
         effort=made.effort,
         made_by=made.made_by,
+        pipeline=made.pipeline,
         base=base,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from redteam.adaptive import omitted, verdicts
+from redteam.adaptive import omitted
 from redteam.capabilities import cautions, mismatches
 from redteam.errors import ScenarioError
 from redteam.plan import make_plan
@@ -95,15 +95,26 @@ def test_what_is_left_out_is_said(load: Load) -> None:
     assert set(found) <= set(cautions(load()))
 
 
-def test_verdicts_tell_rows_apart(load: Load) -> None:
-    first, second, third = verdicts(load())
-    assert "attacked adaptively by caa adaptive, cira adaptive; read those rows" in first
-    assert "attacked adaptively by caa adaptive;" in second
-    assert third == (
-        "no attack of this run adapts to oracle (unverified), so its results are "
-        "UNVERIFIED (upper bound)."
+def test_cells_record_what_the_defence_is_and_who_knows_it(load: Load) -> None:
+    found = {(cell.attack, cell.defense): cell for cell in make_plan(load()).cells}
+    assert found["caa adaptive", "none"].guard is None
+    assert found["caa adaptive", "none"].knows_defense is None
+    plain, knowing = (found[attack, "random_floor"] for attack in ("caa", "caa adaptive"))
+    assert (plain.knows_defense, knowing.knows_defense, knowing.knows_seed) == (False, True, False)
+    assert knowing.guard is not None
+    assert (knowing.guard.kind, knowing.guard.route) == ("selection", "eot")
+    assert knowing.guard.stochastic
+    consensus = found["caa", "translation_consensus"].guard
+    assert consensus is not None
+    assert (consensus.route, consensus.stochastic, consensus.iterative) == ("bpda", False, False)
+    assert [(part.id, part.kind) for part in consensus.parts] == [(consensus.id, "selection")]
+    stacked = load(
+        "defenses=[none, hybrid, {stack: [hybrid, resize_pad]}]",
+        "attacks=[{type: caa, adaptive: true}]",
     )
-    assert verdicts(load("defenses=[]")) == ()
+    ids = {cell.guard.id: cell.guard for cell in make_plan(stacked).cells if cell.guard}
+    hybrid, stack = ids.values()
+    assert [part.id == hybrid.id for part in stack.parts] == [True, False]
 
 
 @pytest.mark.parametrize(
