@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from reports.checks import TOLERANCE, options_of
 from reports.evidence import LARGE, Budget, Case, but_steps, is_large
@@ -306,7 +306,7 @@ def _curve(case: Case) -> Outcome:
     if not case.white:
         return _needs(3, "adaptive attack with gradients")
     curves: dict[tuple[str, str], set[float]] = {}
-    for cell in case.sound or case.white:
+    for cell in case.white:
         curves.setdefault((cell.attack, cell.norm), set()).add(round(cell.epsilon, 9))
     (attack, _), budgets = max(curves.items(), key=lambda one: len(one[1]))
     if len(budgets) < BUDGETS:
@@ -391,10 +391,11 @@ def _optimising(case: Case) -> Outcome:
         return _not_applicable("it optimises nothing while it answers")
     if not case.white:
         return _needs(3, "adaptive attack with gradients")
-    for cell in case.at(case.white, _strongest(case)):
-        own = {k: v for k, v in options_of(cell).items() if k not in ("adaptive", "draws")}
-        if not any(options_of(one) == own for one in case.at(case.foreign, _strongest(case))):
-            return _failed(f"{_name(cell)} was not also made on the static model and transferred")
+    budget = _strongest(case)
+    cells, static = case.at(case.white, budget), case.at(case.foreign, budget)
+    made = [options_of(cell) for cell in static]
+    if not any(_but_adaptive(cell) in made for cell in cells):
+        return _failed(f"{_name(cells[0])} was not also made on the static model and transferred")
     return _passed("attacked through it, and with images made on the static model")
 
 
@@ -541,6 +542,11 @@ def _noise_like(case: Case, cells: Sequence[Cell], budget: Budget) -> list[Cell]
 
 def _name(cell: Cell) -> str:
     return f"{plain(cell.attack)} at ε {epsilon_text(cell.epsilon)}"
+
+
+def _but_adaptive(cell: Cell) -> dict[str, Any]:
+    """Options of the attack as it is listed without `adaptive`."""
+    return {k: v for k, v in options_of(cell).items() if k not in ("adaptive", "draws")}
 
 
 def _type(cell: Cell) -> str:
