@@ -102,8 +102,8 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
             f"filter {rule['rule']} kept {rule['kept']} of {rule['asked']} samples"
             + (f" (left out: {why}); manifest.json lists them." if why else ".")
         )
-    found += _checks(summary["checks"], {cell["id"]: cell["attack"] for cell in cells})
     found += marks.notes(summary)
+    found += _checks(summary["checks"], {cell["id"]: cell["attack"] for cell in cells})
     small = [cell["n"] for cell in cells if 0 < cell["n"] < 30]
     if small:
         found.append(

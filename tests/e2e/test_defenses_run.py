@@ -48,9 +48,26 @@ def test_every_cell_that_has_a_meaning_is_there(finished: Workplace) -> None:
     }
     assert all(len(rows) == SAMPLES for rows in trials.values())
     notes = json.loads((finished.folder / "out.json").read_text())["notes"]
-    assert any("translation_consensus was attacked adaptively by caa adaptive" in n for n in notes)
-    assert any("adapts to oracle" in n and "UNVERIFIED (upper bound)" in n for n in notes)
+    assert any("oracle is UNVERIFIED (upper bound)" in n and "no route" in n for n in notes)
+    assert any("translation_consensus is UNVERIFIED (upper bound)" in n for n in notes)
     assert any("caa adaptive is not run against oracle" in n for n in notes)
+
+
+def test_the_attack_went_through_what_is_deployed(finished: Workplace) -> None:
+    """By hashes of both sides, on every sample; who does not know the defence has none."""
+    hashes = {}
+    for (attack, defense), rows in by_cell(finished).items():
+        found = {json.dumps(trial["pipelines"]) for trial in rows.values()}
+        assert len(found) == 1
+        hashes[attack, defense] = json.loads(found.pop())
+    defended = ("translation_consensus", "random_floor", "resize_pad")
+    for defense in defended:
+        plain, knowing = hashes["caa", defense], hashes["caa adaptive", defense]
+        assert plain["deployed"] == knowing["deployed"] == knowing["attacked"] != ""
+        assert plain["attacked"] == ""
+    assert len({hashes["caa", one]["deployed"] for one in (*defended, "oracle (unverified)")}) == 4
+    assert hashes["caa", "none"] is None
+    assert hashes["caa adaptive", "none"] is None
 
 
 def test_one_image_serves_all_defences_unless_the_attack_knows_them(finished: Workplace) -> None:

@@ -261,7 +261,8 @@ def test_a_defence_stands_in_front_of_both_images(workplace: Workplace) -> None:
     workplace.edit("  - {type: pgd, steps: 3, epsilons: [32/255]}\n  - {type: caa, steps: 4}\n", "")
     done = workplace.redteam("run", "scenario.yaml", "--out", "run", "--json")
     assert done.returncode in (0, 1, 4), done.stderr
-    assert "UNVERIFIED (upper bound)" in json.loads(done.stdout)["notes"][0]
+    notes = json.loads(done.stdout)["notes"]
+    assert any("blind is UNVERIFIED (upper bound)" in note for note in notes)
     found = {(cell["compression"], cell["defense"]) for cell in cells(workplace.folder / "run")}
     assert len(found) == 4
     assert {defense for _, defense in found} == {"none", "blind (unverified)"}

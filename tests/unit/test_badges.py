@@ -105,8 +105,8 @@ def test_every_reader_carries_the_marks(built: Built) -> None:
     assert built.defenses is not None
     rows = {row[0]: row for row in built.defenses.rows}
     assert rows["good"][3] == "ADAPTIVE-VERIFIED"
-    assert rows["good"][5].startswith("0.56 → 0.04")
-    assert rows["good"][6].startswith("0.57 → 0.14")
+    assert rows["good"][5].startswith("0.60 → 0.04")
+    assert rows["good"][6].startswith("0.60 → 0.15")
     assert rows["good"][-1] == "none"
     assert rows["oracle"][6] == "no attack"
     assert rows["oracle"][-1] == "3"
