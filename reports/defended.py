@@ -16,8 +16,24 @@ CAPTION: Final = (
 )
 
 
+_COLUMNS: Final = (
+    ("defense", False),
+    ("badge", False),
+    ("target", False),
+    ("compression", False),
+    ("ε", True),
+    ("CSFR, not knowing it", True),
+    ("CSFR, knowing it", True),
+    ("clean, full", True),
+    ("clean, compressed", True),
+    ("seconds", True),
+    ("failed rules", False),
+)
+"""Name, and whether it holds numbers."""
+
+
 def table(summary: Mapping[str, Any]) -> Table | None:
-    """One row for each defence and place; None in a run without defences."""
+    """One row for each defence and place, the target where there are several; None without any."""
     places = [(one, place) for one in summary.get("defenses", ()) for place in one["places"]]
     if not places:
         return None
@@ -32,9 +48,9 @@ def table(summary: Mapping[str, Any]) -> Table | None:
         rows.append(
             (
                 bare(one["defense"]),
+                place["badge"],
                 plain(place["target"]),
                 plain(place["compression"]),
-                place["badge"],
                 epsilon_text(top["epsilon"]) if top else "—",
                 _change(top, "non_adaptive"),
                 _change(top, "adaptive"),
@@ -44,14 +60,16 @@ def table(summary: Mapping[str, Any]) -> Table | None:
                 ", ".join(str(rule["rule"]) for rule in failed(place)) or "none",
             )
         )
+    shown = [
+        (name, number_, column)
+        for (name, number_), column in zip(_COLUMNS, zip(*rows, strict=True), strict=True)
+        if name != "target" or len(set(column)) > 1
+    ]
     return Table(
-        columns=(
-            "defense", "target", "compression", "badge", "ε", "CSFR, not knowing it",
-            "CSFR, knowing it", "clean, full", "clean, compressed", "seconds", "failed rules",
-        ),
-        numeric=(False, False, False, False, True, True, True, True, True, True, False),
-        rows=tuple(rows),
-    )  # fmt: skip
+        columns=tuple(name for name, _, _ in shown),
+        numeric=tuple(number_ for _, number_, _ in shown),
+        rows=tuple(zip(*(column for _, _, column in shown), strict=True)),
+    )
 
 
 def _change(budget: Mapping[str, Any] | None, sort: str) -> str:

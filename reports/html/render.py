@@ -142,6 +142,7 @@ def environment() -> Environment:
         diagnosis=diagnosis_text,
         defense=defense_text,
         bare=bare,
+        below=_below,
         block=_block,
         warmth=_warmth,
     )
@@ -161,6 +162,14 @@ def _warmth(estimate: Mapping[str, Any], better: str) -> str:
     if value is None or better != "lower":
         return ""
     return f"w{round(9 * min(1.0, max(0.0, value)))}"
+
+
+def _below(value: str) -> Markup:
+    """What stands in brackets at the end of a value, small below it."""
+    shown = text.plain(value)
+    start = min((at for mark in (" [", " (") if (at := shown.find(mark)) > 0), default=len(shown))
+    rest = shown[start:].replace(", ", " to ").strip(" []()")
+    return Markup("{}<small>{}</small>").format(shown[:start], rest) if rest else escape(shown)
 
 
 def _block(value: str) -> Markup:

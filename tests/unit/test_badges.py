@@ -104,11 +104,11 @@ def test_every_reader_carries_the_marks(built: Built) -> None:
     assert any("oracle is UNVERIFIED (upper bound)" in note for note in built.notes)
     assert built.defenses is not None
     rows = {row[0]: row for row in built.defenses.rows}
-    assert rows["good"][3] == "ADAPTIVE-VERIFIED"
-    assert rows["good"][5].startswith("0.60 → 0.04")
-    assert rows["good"][6].startswith("0.60 → 0.15")
+    assert rows["good"][1] == "ADAPTIVE-VERIFIED"
+    assert rows["good"][4].startswith("0.60 → 0.04")
+    assert rows["good"][5].startswith("0.60 → 0.15")
     assert rows["good"][-1] == "none"
-    assert rows["oracle"][6] == "no attack"
+    assert rows["oracle"][5] == "no attack"
     assert rows["oracle"][-1] == "3"
 
 
