@@ -40,7 +40,7 @@ class Badges:
         doubts: Mapping[str, Sequence[Doubt]],
     ) -> None:
         self._cases = [(case, audit(case)) for case in cases(manifest, rows, doubts)]
-        self._of = {_place(case.cells[0]): found for case, found in self._cases}
+        self._of = {_place(case.first): found for case, found in self._cases}
 
     def of(self, cell: Cell) -> str:
         """The badge of the defence of a cell at its place; "" without a defence."""
@@ -86,7 +86,7 @@ def _place(cell: Cell) -> Place:
 
 
 def _where(case: Case) -> dict[str, str]:
-    cell = case.cells[0]
+    cell = case.first
     return {"defense": cell.defense, "target": cell.target, "compression": cell.compression}
 
 

@@ -59,7 +59,8 @@ class Case:
     """One defence on one target under one compression.
 
     Attributes:
-        cells: of the defence, at this place, with a budget that is not empty.
+        first: a cell of the defence at this place, for its labels and facts.
+        cells: those with a budget that is not empty.
         controls: the same place without a defence.
         others: the same place under other defences.
         forcing: attacks on this defence that want its answers to cost more.
@@ -68,6 +69,7 @@ class Case:
         manifest: of the run.
     """
 
+    first: Cell
     cells: tuple[Cell, ...]
     controls: tuple[Cell, ...]
     others: tuple[Cell, ...]
@@ -79,12 +81,12 @@ class Case:
     @property
     def defense(self) -> str:
         """Label of the defence."""
-        return self.cells[0].defense
+        return self.first.defense
 
     @cached_property
     def facts(self) -> DefenseFacts | None:
         """What it says of itself; None in runs from before that was recorded."""
-        return self.cells[0].guard
+        return self.first.guard
 
     @cached_property
     def kinds(self) -> frozenset[str]:
@@ -207,18 +209,18 @@ def cases(
     """
     by_sample = {name: {row.sample: row for row in found} for name, found in rows.items()}
     cells = [cell for cell in manifest.cells if not empty(cell)]
-    places = dict.fromkeys(
-        (cell.defense, cell.target, cell.compression)
-        for cell in cells
-        if not undefended(cell) and not forcing(cell)
-    )
+    places: dict[tuple[str, str, str], Cell] = {}
+    for cell in manifest.cells:
+        if not undefended(cell):
+            places.setdefault((cell.defense, cell.target, cell.compression), cell)
     found = []
-    for defense, target, compression in places:
+    for (defense, target, compression), first in places.items():
         at = [c for c in cells if (c.target, c.compression) == (target, compression)]
         here = [cell for cell in at if not forcing(cell)]  # wrong answers are not what it wants
         own = [cell for cell in at if cell.defense == defense]
         found.append(
             Case(
+                first=first,
                 cells=tuple(cell for cell in own if not forcing(cell)),
                 controls=tuple(filter(undefended, here)),
                 others=tuple(c for c in here if c.defense != defense and not undefended(c)),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Literal
 
-from reports.checks import TOLERANCE, options_of
+from reports.checks import TOLERANCE, area, options_of
 from reports.evidence import LARGE, Budget, Case, but_steps, is_large
 from reports.gate import MAX_ERROR_SHARE
 from reports.measure import Row
@@ -520,7 +520,7 @@ def _reproducible(case: Case) -> Outcome:
     if doubt is not None:
         return _failed(f"{_name(doubt.cell)}: {doubt.message}")
     identity = case.manifest.provenance.get("identity") or {}
-    if not (identity.get("targets") or {}).get(case.cells[0].target):
+    if not (identity.get("targets") or {}).get(case.first.target):
         return _failed("the run holds no hash of the target's weights")
     for cell in cells:
         lost = sum(not row.saved for row in case.measured(cell).values())
@@ -537,7 +537,7 @@ def _strongest(case: Case) -> Budget:
 
 
 def _noise_like(case: Case, cells: Sequence[Cell], budget: Budget) -> list[Cell]:
-    return [cell for cell in case.at(cells, budget) if cell.knowledge == "none"]
+    return [cell for cell in case.at(cells, budget) if cell.knowledge == "none" and not area(cell)]
 
 
 def _name(cell: Cell) -> str:

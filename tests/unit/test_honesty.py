@@ -388,6 +388,18 @@ def test_a_run_from_before_anything_was_recorded_is_unverified() -> None:
     assert blocking(run) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("options", [{"type": "verbose"}, {"type": "force_fallback"}])
+def test_a_defence_met_by_nothing_that_wants_wrong_answers_is_unverified(
+    options: dict[str, Any],
+) -> None:
+    run = Run.good()
+    run.drop(lambda cell: cell.defense == "good" and cell.attack != "caa adaptive")
+    run.option(of("good"), **options)
+    assert 3 in blocking(run)
+    run.change(of("good"), epsilon=0.0)
+    assert 3 in blocking(run)
+
+
 def test_numbers_are_the_worst_case_of_each_sample() -> None:
     run = Run.good()
     # The last ten samples, not the first, break under the plain attack.
