@@ -59,6 +59,9 @@ engine: {type: local, batch_size: 4, device: cpu}
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = Workplace(tmp_path_factory.mktemp("masked"))
@@ -76,6 +79,17 @@ def rules(finished: dict[str, Any], defense: str) -> dict[int, dict[str, Any]]:
     return {rule["rule"]: rule for rule in place["rules"] if rule["level"] == "MUST"}
 
 
+def asr(finished: dict[str, Any], defense: str) -> float:
+    """Attack success of the adaptive attack at the large budget."""
+    (value,) = [
+        cell["metrics"]["compressed_asr"]["value"]
+        for cell in finished["summary"]["cells"]
+        if (cell["attack"], cell["defense"]) == ("pgd adaptive", defense)
+        if cell["epsilon"] > 0.5
+    ]
+    return float(value)
+
+
 def failed(finished: dict[str, Any], defense: str) -> set[int]:
     return {n for n, rule in rules(finished, defense).items() if rule["state"] == "failed"}
 
@@ -83,8 +97,9 @@ def failed(finished: dict[str, Any], defense: str) -> set[int]:
 def test_a_masked_gradient_is_caught(finished: dict[str, Any]) -> None:
     masked, honest = failed(finished, "masked"), failed(finished, "honest")
     # What four samples, two budgets and no attack by queries leave open, in both.
-    assert honest == {9, 12, 14, 20}
-    assert masked >= honest | {6, 11}
+    assert honest - {11} == {9, 12, 14, 20}
+    assert masked >= {6, 9, 11, 12, 14, 20}
+    assert asr(finished, "masked") < asr(finished, "honest")
     zero = rules(finished, "masked")[6]
     assert "zero-gradient" in zero["message"]
     assert "BPDA" in zero["remedy"]

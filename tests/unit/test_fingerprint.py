@@ -52,5 +52,5 @@ def test_what_is_not_in_the_compressor_is_not_deployed() -> None:
 
 def test_a_part_and_the_whole_that_is_this_part_are_one() -> None:
     (part,) = Hybrid().parts()
-    assert fingerprint(part) == fingerprint(Hybrid()) != fingerprint(Hybrid(diverse=0.5))
+    assert fingerprint(part) == fingerprint(Hybrid()) != fingerprint(Hybrid(diverse=0.25))
     assert len(fingerprint(part)) == 12
