@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from reports.checks import Doubt, harmless
-from reports.evidence import Budget, Case, cases, is_large, undefended
+from reports.checks import Doubt, empty, harmless
+from reports.evidence import Budget, Case, budget_of, cases, is_large, undefended
 from reports.honesty import Finding, audit, common_clean, verified
 from reports.marks import UNVERIFIED, VERIFIED, worst
 from reports.measure import Row
 from reports.records import Cell, GateSpec, Manifest
 from reports.statistics import EMPTY, Estimate, wilson
-from reports.text import plain
+from reports.text import epsilon_text, plain
 
 Place = tuple[str, str, str]
 """Defence, target, compression."""
@@ -41,22 +41,32 @@ class Badges:
     ) -> None:
         self._cases = [(case, audit(case)) for case in cases(manifest, rows, doubts)]
         self._of = {_place(case.first): found for case, found in self._cases}
+        self._met = {
+            _place(case.first): {budget_of(cell) for cell in case.sound} for case, _ in self._cases
+        }
 
     def of(self, cell: Cell) -> str:
-        """The badge of the defence of a cell at its place; "" without a defence."""
+        """The badge of the defence of a cell at its place and budget; "" without a defence."""
         if undefended(cell):
             return ""
-        found = self._of.get(_place(cell))
-        return VERIFIED if found and verified(found) else UNVERIFIED
+        holds = verified(self._of[_place(cell)])
+        return VERIFIED if holds and self._was_met(cell) else UNVERIFIED
+
+    def _was_met(self, cell: Cell) -> bool:
+        """Whether an attack that knew the defence ran at the cell's budget, if it has one."""
+        return empty(cell) or budget_of(cell) in self._met[_place(cell)]
 
     def veto(self, gate: GateSpec, cell: Cell) -> str | None:
         """Why a gate may not pass on a cell on the strength of its defence; None if it may."""
         if self.of(cell) != UNVERIFIED or gate.allow_unverified or harmless(gate):
             return None
-        blocking = [one for one in self._of.get(_place(cell), ()) if one.blocks]
-        why = f" ({blocking[0].sentence})" if blocking else ""
+        blocking = [one for one in self._of[_place(cell)] if one.blocks]
+        if blocking:
+            why = blocking[0].sentence
+        else:
+            why = f"no attack that knows it ran at ε {epsilon_text(cell.epsilon)}"
         return (
-            f"the defence {plain(cell.defense)} is {UNVERIFIED}{why}; see `redteam audit`, or set "
+            f"the defence {plain(cell.defense)} is {UNVERIFIED} ({why}); see `redteam audit`, or set "
             "allow_unverified: true at the gate to take the figure as it is"
         )
 

@@ -195,6 +195,10 @@ def _adaptive_attack(case: Case) -> Outcome:
         return _failed("the defence names no route by which an attack could go through it")
     if not case.white:
         return _failed("no attack of the run with gradients and several steps adapts to it")
+    if not case.claimed:
+        return _failed(
+            f"adaptive attacks ran only at ε {epsilon_text(LARGE)} or more, where anything breaks"
+        )
     for cell in case.white:
         done, asked = len(case.measured(cell)), len(case.manifest.samples)
         if done < COMMON * asked:

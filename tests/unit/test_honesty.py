@@ -18,7 +18,7 @@ from audited import (
 )
 
 from reports.honesty import RULES, State
-from reports.records import Cell, PartFacts
+from reports.records import Cell, GateSpec, PartFacts
 
 UNCHECKED = (7, 8, 10)
 
@@ -398,6 +398,27 @@ def test_a_defence_met_by_nothing_that_wants_wrong_answers_is_unverified(
     assert 3 in blocking(run)
     run.change(of("good"), epsilon=0.0)
     assert 3 in blocking(run)
+
+
+def test_only_large_budgets_are_no_evidence() -> None:
+    run = Run.good()
+    run.drop(lambda cell: cell.attack in WHITE and cell.epsilon != LARGE)
+    assert blocking(run)[0] == 3
+
+
+def test_a_budget_at_which_nobody_knew_the_defence_is_unverified() -> None:
+    """However well it is verified at others: there a gate would pass on the easy attack."""
+    run = Run.good()
+    easy = cell_of("good", "caa", 32 / 255)
+    run.add(easy, 13)
+    run.add(cell_of("none", "caa", 32 / 255), 200)
+    gate = GateSpec(name="g", metric="csfr", max=0.2)
+    badges = run.badges()
+    assert badges.of(easy) == "UNVERIFIED (upper bound)"
+    assert "no attack that knows it ran at ε 32/255" in str(badges.veto(gate, easy))
+    known = cell_of("good", "caa", MIDDLE)
+    assert badges.of(known) == "ADAPTIVE-VERIFIED"
+    assert badges.veto(gate, known) is None
 
 
 def test_numbers_are_the_worst_case_of_each_sample() -> None:
