@@ -66,8 +66,8 @@ class Badges:
         else:
             why = f"no attack that knows it ran at ε {epsilon_text(cell.epsilon)}"
         return (
-            f"the defence {plain(cell.defense)} is {UNVERIFIED} ({why}); see `redteam audit`, or set "
-            "allow_unverified: true at the gate to take the figure as it is"
+            f"the defence {plain(cell.defense)} is {UNVERIFIED} ({why}); see `redteam audit`, or "
+            "set allow_unverified: true at the gate to take the figure as it is"
         )
 
     def as_json(self) -> list[dict[str, Any]]:
