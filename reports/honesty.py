@@ -239,9 +239,7 @@ def _undefended_control(case: Case) -> Outcome:
             shown = f"{found.first} of {count(found.n, 'sample')}, noise {found.second}"
             if found.first_above():
                 return _passed(f"without the defence {_name(twin)} broke {shown}")
-            seen.append(
-                f"without the defence {_name(twin)} broke {shown}, so failing with it shows nothing"
-            )
+            seen.append(f"without the defence {_name(twin)} broke {shown}, which chance explains")
     return _failed(seen[0])
 
 
@@ -302,7 +300,7 @@ def _unbounded(case: Case) -> Outcome:
     hit = sum(broken for name, broken in case.broken(cells).items() if name in able)
     shown = f"at ε {epsilon_text(top)} {hit} of {count(len(able), 'sample')} broke"
     if not able or hit < UNBOUNDED * len(able):
-        return _failed(f"{shown}, less than {UNBOUNDED:.0%}: something hides the gradient")
+        return _failed(f"{shown}, less than {UNBOUNDED:.0%}")
     return _passed(shown)
 
 
@@ -637,7 +635,8 @@ RULES: Final[tuple[Rule, ...]] = (
         11,
         "unbounded attack",
         "MUST",
-        "add a budget of 64/255 or more; if the attack fails there too, its gradient is masked",
+        "add a budget of 64/255 or more; an attack that fails there too is weak, or its gradient is "
+        "masked",
         _unbounded,
     ),
     Rule(12, "curve over budgets", "MUST", "give at least three epsilons", _curve),
