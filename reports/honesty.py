@@ -635,8 +635,7 @@ RULES: Final[tuple[Rule, ...]] = (
         11,
         "unbounded attack",
         "MUST",
-        "add a budget of 64/255 or more; an attack that fails there too is weak, or its gradient is "
-        "masked",
+        "add a budget of 64/255 or more; what fails there too is weak, or its gradient is masked",
         _unbounded,
     ),
     Rule(12, "curve over budgets", "MUST", "give at least three epsilons", _curve),
