@@ -158,7 +158,7 @@ def test_markdown_is_inert(hostile: Path) -> None:
         assert len(columns) == 1, block
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert [line for line in headings if line not in {
-        "### Gates", "### What stands out", "### Results", "### Findings",
+        "### Gates", "### What stands out", "### Results", "### Defences", "### Findings",
         "### Before you trust it", "### How to read it"}] == [headings[0]]  # fmt: skip
 
 
