@@ -71,6 +71,7 @@ def everything(name: str, place: Workplace) -> Scenario:
         "surrogates": [{"type": "scenes", "checkpoint": "scenes-b"}],
         "dataset": scenes if name in TRAINED else data,
         "epsilons": [0.06],
+        "checks": {"repeat": 0},  # that attacks repeat is tested elsewhere; here it costs thrice
         "compressions": [{"type": name, **options}],
         "attacks": [*attacks, *adaptive],
         "defenses": [{"type": one, **DEFENSE_OPTIONS.get(one, {})} for one in DEFENSES],
