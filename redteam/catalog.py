@@ -89,6 +89,7 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "hybrid": "defenses.hybrid:Hybrid",
         "random_floor": "defenses.random_floor:RandomFloor",
         "oracle": "defenses.oracle:Oracle",
+        "robust_encoder": "defenses.robust_encoder:RobustEncoder",
         "beam": "defenses.beam:BeamSearch",
         "vasparse": "defenses.vasparse:VASparse",
         "vcd": "defenses.vcd:VCD",

@@ -84,7 +84,7 @@ class LVLM:
         family = family_of(model)
         preprocess = family.preprocessing(processor)
         self._passes = Passes(family, preprocess, PromptBook(processor, family))
-        self._tokenizer = processor.tokenizer
+        self._processor, self._tokenizer = processor, processor.tokenizer
         self.identity: dict[str, str] = dict(identity or {"class": type(model).__name__})
 
     @classmethod
@@ -128,6 +128,19 @@ class LVLM:
             trust_remote_code=trust_remote_code,
         )
         return cls(model, processor, loading.identity(source, model, revision))
+
+    def around(
+        self,
+        model: Any,  # noqa: ANN401 - transformers is untyped
+        identity: dict[str, str],
+    ) -> LVLM:
+        """Another model of the same architecture with this one's processor.
+
+        Args:
+            model: with other weights; frozen here, as in the constructor.
+            identity: what it is.
+        """
+        return LVLM(model, self._processor, identity)
 
     @property
     def device(self) -> torch.device:

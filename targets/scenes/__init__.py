@@ -2,7 +2,8 @@
 
 `load_scenes("scenes-a")` is the default target; "scenes-b" and "scenes-c", of other shapes and
 seeds, are surrogates for transfer attacks. Recipe: `targets.scenes.train`; data:
-`targets.scenes.world`.
+`targets.scenes.world`. `hardened()` are adversarially trained vision towers for them, made by
+`targets.scenes.harden`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ WEIGHTS: Final = Path(__file__).parent / "weights"
 def checkpoints() -> tuple[str, ...]:
     """Names of the shipped checkpoints."""
     return tuple(sorted(p.parent.name for p in WEIGHTS.glob("*/model.safetensors")))
+
+
+def hardened() -> dict[str, Path]:
+    """The shipped hardened vision towers: ``CHECKPOINT-NAME`` and the folder of each."""
+    found = sorted(WEIGHTS.glob("*/robust/*/model.safetensors"))
+    return {f"{p.parent.parent.parent.name}-{p.parent.name}": p.parent for p in found}
 
 
 def load_scenes(checkpoint: str = "scenes-a", **options: Any) -> LVLM:  # noqa: ANN401
