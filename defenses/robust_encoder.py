@@ -30,9 +30,9 @@ class RobustEncoder(EncoderDefense):
     trained on the ranking (`targets.scenes.harden`).
 
     Args:
-        weights: shipped tower (``scenes-a-ranking``), local folder, or hub id, such as
-            ``chs20/fare2-clip``, ``chs20/fare4-clip``, ``chs20/tecoa2-clip``, ``chs20/tecoa4-clip``,
-            in OpenCLIP's or transformers' names; safetensors only.
+        weights: shipped tower (``scenes-a-ranking``), local folder, or hub id (such as
+            ``chs20/fare2-clip``, ``chs20/fare4-clip``, ``chs20/tecoa2-clip`` or
+            ``chs20/tecoa4-clip``), in OpenCLIP's or transformers' names; safetensors only.
         revision: commit, tag or branch of a hub id.
         file: which file of the folder, if there are several.
         positions: how position embeddings are interpolated if the tower was trained on another

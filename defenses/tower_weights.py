@@ -1,4 +1,4 @@
-"""Weights of a vision tower from a folder or the hub: read without pickle, named as transformers does.
+"""Weights of a vision tower from a folder or the hub, without pickle, by transformers' names.
 
 Two layouts of names are read. *transformers*: `CLIPVisionModel` or `SiglipVisionModel`, alone or
 inside a larger model, with or without the prefix ``vision_model.``. *OpenCLIP*: the ``visual.``
@@ -141,7 +141,9 @@ def named(
     found: dict[str, Tensor] = {}
     for name, one in raw.items():
         inner = canonical(name)
-        if inner.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")):
+        if inner.startswith(
+            ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")
+        ):
             found[inner] = one
     # The text half of a CLIP has no prefix that could be mistaken: it is below text_model.
     if _PATCH not in found:
@@ -239,7 +241,10 @@ def resized(positions: Tensor, cls: bool, grid: tuple[int, int], mode: str) -> T
 
 
 def fitted(
-    weights: TowerWeights, tower: Any, grid: tuple[int, int], mode: Positions  # noqa: ANN401
+    weights: TowerWeights,
+    tower: Any,  # noqa: ANN401 - of transformers
+    grid: tuple[int, int],
+    mode: Positions,
 ) -> tuple[dict[str, Tensor], str]:
     """Weights in the shapes of a tower, by canonical names, and what became of the positions.
 
@@ -297,8 +302,8 @@ def _same_depth(where: str, have: Mapping[str, Tensor], wanted: Mapping[str, Ten
         raise DefenseError(f"{where} has {depth(have)} layers, the target's tower {depth(wanted)}")
     if depth(have) > depth(wanted):
         raise DefenseError(
-            f"{where} has {depth(have)} layers, the target's tower only {depth(wanted)}; the target "
-            "was saved without its last ones or is another architecture"
+            f"{where} has {depth(have)} layers, the target's tower only {depth(wanted)}; the "
+            "target was saved without its last ones or is another architecture"
         )
 
 
@@ -315,8 +320,8 @@ def _fetched(weights: str, revision: str | None, file: str | None) -> Path:
     except (OSError, ValueError) as error:
         raise DefenseError(
             f"defence robust_encoder: the tower {weights!r} could not be fetched from the hub"
-            f"{'' if revision is None else f' at revision {revision}'}: {error}. Without a network, "
-            "download it elsewhere and name the folder"
+            f"{'' if revision is None else f' at revision {revision}'}: {error}. Without a "
+            "network, download it elsewhere and name the folder"
         ) from error
     return Path(found)
 
@@ -348,15 +353,16 @@ def _files(folder: Path, weights: str, file: str | None) -> list[Path]:
     pickles = sorted(one.name for one in folder.iterdir() if one.suffix in _PICKLES)
     found = f"only {', '.join(pickles)}" if pickles else "none"
     raise DefenseError(
-        f"defence robust_encoder: {weights!r} has no safetensors weights ({found} there). {_advice()}"
+        f"defence robust_encoder: {weights!r} has no safetensors weights ({found} there). "
+        f"{_advice()}"
     )
 
 
 def _advice() -> str:
     return (
         "Pickled weights can run code when loaded and are refused. Convert them once, where that "
-        "does no harm: torch.load(…, weights_only=True), then safetensors.torch.save_file, and name "
-        "the folder"
+        "does no harm: torch.load(…, weights_only=True), then safetensors.torch.save_file, and "
+        "name the folder"
     )
 
 

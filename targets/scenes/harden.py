@@ -1,4 +1,4 @@
-"""Harden the ranking of a scenes LVLM: ``python -m targets.scenes.harden --checkpoint scenes-a --out DIR``.
+"""Harden the ranking of a scenes LVLM: ``python -m targets.scenes.harden --out DIR``.
 
 Adversarial fine-tuning of the vision tower alone; projector and language model stay as they are,
 so the result is a tower that can be swapped in, at no cost at inference. Both rankings that
@@ -12,12 +12,12 @@ Two stages, both on pictures attacked inside an l_inf ball, a quarter of each ba
   all tokens instead of the final embedding, with a KL divergence of the ranking beside it.
 - *answers*: the cross-entropy of answers on attacked pictures, through all tokens and through
   compressed passes; a hinge that keeps what answers a question above the K-th other token in both
-  rankings; and the feature distance as a tie to the original. The attack maximises the loss of the
-  answer, the gap in the ranking, or both.
+  rankings; and the feature distance as a tie to the original.
 
-Steps of training attacks are few (fast adversarial training, Wong et al., arXiv 2001.03994), the
-weights kept are a running mean. Recipe and log are written beside the weights. [inferred] No paper
-trains the ranking; the combination is ours.
+The attack maximises the loss of the stage. It is *free* (Shafahi et al., arXiv 1904.12843): each
+batch is shown several times, and one backward pass gives the gradient for the weights and for the
+perturbation, which stays until the next batch. The weights kept are a running mean. Recipe and log
+are written beside them. [inferred] No paper trains the ranking; the combination is ours.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 Objective = Callable[[Tensor], Tensor]
 """What an attack maximises: images ``[B, 3, H, W]`` in [0, 1] to a scalar."""
+Loss = Callable[[Tensor], tuple[Tensor, dict[str, float]]]
+"""The loss of a stage on one batch's pictures, and figures for the log."""
 
 _BY_CLS: Final = ("cls", "merged")
 _KEPT: Final = (24, 36, 36, 48)
@@ -60,14 +62,16 @@ class Recipe:
         scenes: training scenes, of split ``train``.
         batch: pictures a step.
         epsilon: largest l_inf radius of the attacks, in [0, 1] pixel units.
-        ramp: share of the first stage over which the radius grows to it.
+        ramp: share of each stage over which the radius grows to it.
         clean: share of each batch that is not attacked.
+        replays: steps taken on one batch, its perturbation kept between them.
+        step: of the perturbation in each of them, in radii.
         feature_steps: length of the first stage.
+        feature_planned: the length its schedules are made for; more than `feature_steps` where the
+            stage was stopped before its learning rate had come down.
         feature_lr: its peak learning rate.
-        feature_attack: gradient steps of its attacks.
         answer_steps: length of the second stage.
         answer_lr: its peak learning rate.
-        answer_attack: gradient steps of its attacks.
         ranking: weight of the KL divergence of the CLS row in the first stage.
         hinge: weight of the ranking hinges in the second.
         margin: by which log-scores of evidence should pass the boundary, in nats.
@@ -78,34 +82,35 @@ class Recipe:
 
     checkpoint: str = "scenes-a"
     seed: int = 1
-    scenes: int = 16_000
+    scenes: int = 6_000
     batch: int = 8
     epsilon: float = 16 / 255
-    ramp: float = 0.3
+    ramp: float = 0.2
     clean: float = 0.25
-    feature_steps: int = 2_400
+    replays: int = 4
+    step: float = 0.75
+    feature_steps: int = 800
+    feature_planned: int = 1_600
     feature_lr: float = 6e-4
-    feature_attack: int = 2
-    answer_steps: int = 900
-    answer_lr: float = 3e-4
-    answer_attack: int = 2
+    answer_steps: int = 800
+    answer_lr: float = 4e-4
     ranking: float = 1.0
     hinge: float = 0.3
-    margin: float = 1.0
+    margin: float = 2.0
     boundary: int = 16
     tie: float = 0.3
-    mean: float = 0.995
+    mean: float = 0.99
 
 
 def perturb(
     images: Tensor, radius: Tensor, steps: int, objective: Objective, generator: torch.Generator
 ) -> Tensor:
-    """PGD from a random start inside the ball: the attack of training and of validation.
+    """PGD from a random start inside the ball: the attack of validation.
 
     Args:
         images: ``[B, 3, H, W]`` in [0, 1].
         radius: ``[B]``, l_inf, in pixel units of [0, 1].
-        steps: of size 1.25 radius if one (Wong et al.), else 2.5 radius / steps.
+        steps: of size 2.5 radius / steps.
         objective: what is maximised.
         generator: of the start.
 
@@ -114,7 +119,7 @@ def perturb(
     """
     ball = radius.view(-1, 1, 1, 1)
     delta = (torch.rand(images.shape, generator=generator).to(images.device) * 2 - 1) * ball
-    size = ball * (1.25 if steps == 1 else 2.5 / max(steps, 1))
+    size = ball * 2.5 / max(steps, 1)
     for _ in range(steps):
         point = (images + delta).clamp(0, 1).requires_grad_(True)
         (slope,) = torch.autograd.grad(objective(point), point)
@@ -170,6 +175,15 @@ def gap(log_score: Tensor, wanted: Tensor) -> Tensor:
     return (outside - inside).mean()
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One step: how far the stage is in [0, 1), the pictures shown, and the loss on them."""
+
+    progress: float
+    shown: Tensor
+    loss: Loss
+
+
 class Hardener:
     """One run: a frozen LVLM, its tower in training, the original tower, data, log."""
 
@@ -197,50 +211,54 @@ class Hardener:
 
     def features(self) -> None:
         """Stage 1: tokens and CLS row of attacked pictures as the original's of clean ones."""
+
+        def begin(batch: Packed) -> Loss:
+            wanted = self._original(batch.images.float() / 255)
+            objects = self._objects(batch)
+
+            def loss(images: Tensor) -> tuple[Tensor, dict[str, float]]:
+                seen = passes.see(self.model, images)
+                far, kl = distance(seen, wanted), divergence(seen, wanted)
+                near = distance(seen, wanted, objects)
+                report = {"distance": far.item(), "objects": near.item(), "kl": kl.item()}
+                return far + near + self.recipe.ranking * kl, report
+
+            return loss
+
         recipe = self.recipe
-
-        def step(batch: Packed, progress: float) -> tuple[Tensor, dict[str, float]]:
-            images = batch.images.float() / 255
-            wanted = self._original(images)
-            weight = self._weights(batch)
-            by_rank = self._chance() < 0.3
-            objects = (batch.patches > 0).any(-1)
-
-            def objective(x: Tensor) -> Tensor:
-                seen = passes.see(self.model, x)
-                loss = distance(seen, wanted, weight)
-                return loss + gap((seen.cls + 1e-9).log(), objects) if by_rank else loss
-
-            radius = self._radius(len(batch), min(1.0, progress / max(recipe.ramp, 1e-9)))
-            attacked = perturb(images, radius, recipe.feature_attack, objective, self.generator)
-            seen = passes.see(self.model, attacked)
-            far, kl = distance(seen, wanted), divergence(seen, wanted)
-            near = distance(seen, wanted, self._objects(batch))
-            report = {"distance": far.item(), "objects": near.item(), "kl": kl.item()}
-            return far + near + recipe.ranking * kl, report
-
-        self._run("features", recipe.feature_steps, recipe.feature_lr, recipe.feature_attack, step)
+        self._run(
+            "features", recipe.feature_steps, recipe.feature_planned, recipe.feature_lr, begin
+        )
 
     def answers(self) -> None:
-        """Stage 2: answers and rankings under attack, through all tokens and compressed."""
+        """Stage 2: answers and rankings under attack, through all tokens and compressed.
+
+        Starts from the saved tower, so that it can be run by itself and gives the same result.
+        """
+        from transformers import CLIPVisionModel
+
         recipe = self.recipe
+        self.generator.manual_seed(recipe.seed + 1)
+        saved = CLIPVisionModel.from_pretrained(self.out, dtype=torch.float32).state_dict()
+        for one in (self.tower, self.mean):
+            one.load_state_dict(saved)
 
-        def step(batch: Packed, _: float) -> tuple[Tensor, dict[str, float]]:
-            images = batch.images.float() / 255
-            options = self._options()
-            objective = self._objective(batch, options, self._mixture())
-            radius = self._radius(len(batch), 1.0)
-            attacked = perturb(images, radius, recipe.answer_attack, objective, self.generator)
-            wanted = self._original(images)
-            seen = passes.see(self.model, attacked)
-            reading = passes.read(self.model, seen, batch, options, self.late, self.generator)
-            answer = passes.answer_loss(reading.logits, batch)
-            ranks = self._hinges(seen, reading, batch)
-            near = distance(seen, wanted) + distance(seen, wanted, self._objects(batch))
-            report = {"answer": answer.item(), "hinge": ranks.item(), "distance": near.item()}
-            return answer + recipe.hinge * ranks + recipe.tie * near, report
+        def begin(batch: Packed) -> Loss:
+            wanted = self._original(batch.images.float() / 255)
+            objects, options = self._objects(batch), self._options()
 
-        self._run("answers", recipe.answer_steps, recipe.answer_lr, recipe.answer_attack, step)
+            def loss(images: Tensor) -> tuple[Tensor, dict[str, float]]:
+                seen = passes.see(self.model, images)
+                reading = passes.read(self.model, seen, batch, options, self.late, self.generator)
+                answer = passes.answer_loss(reading.logits, batch)
+                ranks = self._hinges(seen, reading, batch)
+                near = distance(seen, wanted) + distance(seen, wanted, objects)
+                report = {"answer": answer.item(), "hinge": ranks.item(), "distance": near.item()}
+                return answer + recipe.hinge * ranks + recipe.tie * near, report
+
+            return loss
+
+        self._run("answers", recipe.answer_steps, recipe.answer_steps, recipe.answer_lr, begin)
 
     # -------------------------------------------------------------------------- losses and choices
 
@@ -281,14 +299,6 @@ class Hardener:
             total = total + hinge(score, wanted, recipe.boundary, recipe.margin)
         return total
 
-    def _weights(self, batch: Packed) -> Tensor | None:
-        """Which tokens the attack of the first stage moves: all, what is drawn, or the rest."""
-        which = self._chance()
-        if which < 0.4:
-            return None
-        objects = self._objects(batch)
-        return objects if which < 0.8 else 1 - objects
-
     @staticmethod
     def _objects(batch: Packed) -> Tensor:
         """1 for CLS and tokens with something drawn, ``[B, 1 + V]``."""
@@ -302,16 +312,14 @@ class Hardener:
         return self.recipe.epsilon * scale * draws.sqrt() * attacked
 
     def _options(self) -> passes.Options:
+        """A way to drop tokens, for one batch."""
         which = self._chance()
         keep = _KEPT[int(self._chance() * len(_KEPT))]
-        if which < 0.3:
+        if which < 0.15:
             return passes.Options()
-        if which < 0.65:
+        if which < 0.6:
             return passes.Options(keep, "ranked")
         return passes.Options(keep, "merged" if which < 0.9 else "cls")
-
-    def _mixture(self) -> tuple[float, float]:
-        return ((1.0, 0.0), (0.0, 1.0), (1.0, 0.5))[int(self._chance() * 3)]
 
     def _chance(self) -> float:
         return float(torch.rand((), generator=self.generator))
@@ -325,25 +333,55 @@ class Hardener:
             for i in range(0, len(order) - size + 1, size):
                 yield self.data.take(order[i : i + size])
 
+    def _attacked(
+        self, steps: int, planned: int, begin: Callable[[Packed], Loss]
+    ) -> Iterator[_Turn]:
+        """Pictures to take a step on: each batch several times, the perturbation kept between.
+
+        Yields:
+            Turns; the caller runs the backward pass, whose gradient at ``shown`` also moves the
+            perturbation.
+        """
+        recipe = self.recipe
+        batches = self._batches()
+        done = 0
+        while done < steps:
+            batch = next(batches)
+            images = batch.images.float() / 255
+            scale = min(1.0, (done + 1) / max(recipe.ramp * planned, 1))
+            ball = self._radius(len(batch), scale).view(-1, 1, 1, 1)
+            delta = (torch.rand(images.shape, generator=self.generator) * 2 - 1) * ball
+            loss = begin(batch)
+            for _ in range(recipe.replays):
+                shown = (images + delta).clamp(0, 1).requires_grad_(True)
+                yield _Turn(done / planned, shown, loss)
+                done += 1
+                if done == steps:
+                    return
+                slope = shown.grad if shown.grad is not None else torch.zeros_like(shown)
+                delta = (delta + recipe.step * ball * slope.sign()).clamp(-ball, ball)
+
     def _run(
-        self,
-        stage: str,
-        steps: int,
-        lr: float,
-        attack: int,
-        step: Callable[[Packed, float], tuple[Tensor, dict[str, float]]],
+        self, stage: str, steps: int, planned: int, lr: float, begin: Callable[[Packed], Loss]
     ) -> None:
-        """Optimise the tower with a warm-up and a cosine; log means every 100 steps."""
+        """Optimise the tower with a warm-up and a cosine; log means every 100 steps.
+
+        Args:
+            stage: for the log.
+            steps: how many are taken.
+            planned: how many the schedules are made for.
+            lr: peak learning rate.
+            begin: the loss of a batch.
+        """
         self.tower.requires_grad_(True)
         parameters = list(self.tower.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         sums: dict[str, float] = {}
-        for i, batch in zip(range(steps), self._batches(), strict=False):
-            progress = i / steps
-            scale = min(1.0, (i + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        for i, turn in enumerate(self._attacked(steps, planned, begin)):
+            scale = min(1.0, (i + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * turn.progress)))
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
-            loss, report = step(batch, progress)
+            loss, report = turn.loss(turn.shown)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -353,9 +391,9 @@ class Hardener:
                 sums[name] = sums.get(name, 0.0) + value
             if (i + 1) % 100 == 0:
                 means = {k: round(v / 100, 4) for k, v in sums.items()}
-                self.log(stage=stage, step=i + 1, attack=attack, **means)
+                self.log(stage=stage, step=i + 1, **means)
                 sums = {}
-            if (i + 1) % 500 == 0 or i + 1 == steps:
+            if (i + 1) % 200 == 0 or i + 1 == steps:
                 self.save()
         self.tower.requires_grad_(False)
         self.tower.load_state_dict(self.mean.state_dict())
@@ -431,21 +469,26 @@ PRESETS: Final[dict[str, Recipe]] = {"ranking": Recipe()}
 """The shipped hardened towers, by the name of their folder."""
 
 
+STAGES: Final = ("features", "answers")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Adversarially fine-tune the ranking of a tower.")
     parser.add_argument("--checkpoint", choices=checkpoints(), default="scenes-a")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tower")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = Recipe(checkpoint=arguments.checkpoint)
     hardener = Hardener(recipe, draw(recipe.scenes, 1), arguments.out)
-    hardener.features()
-    hardener.answers()
+    for stage in STAGES:
+        if stage in arguments.stages:
+            getattr(hardener, stage)()
     for radius in (4, 8, 16):
-        hardener.log(radius=f"{radius}/255", validation=hardener.validate(96, radius / 255, 10))
-    hardener.save()
+        found = hardener.validate(64, radius / 255, 10)
+        hardener.log(stage="validation", radius=f"{radius}/255", **found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""OpenCLIP's tower files give the tower they were made from, bit for bit; positions by the formula."""
+"""OpenCLIP's files give the tower they were made from, bit for bit; positions by the formula."""
 
 from __future__ import annotations
 
