@@ -270,6 +270,41 @@ def test_towers_of_timm_and_other_vits_are_refused() -> None:
         tower_weights.resized(torch.zeros(1 + 12, 4), True, (4, 4), "bicubic")
 
 
+@torch.no_grad()
+def test_a_siglip_tower_is_read_alone_or_inside_a_model(tmp_path: Path) -> None:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    def tower(seed: int, image: int = 32) -> SiglipVisionModel:
+        torch.manual_seed(seed)
+        config = SiglipVisionConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=image,
+            patch_size=8,
+        )
+        return SiglipVisionModel(config).eval()
+
+    source, target = tower(1), tower(2)
+    source.save_pretrained(tmp_path)
+    found = tower_weights.read(str(tmp_path))
+    inside = {f"model.vision_tower.{k}": v for k, v in found.tensors.items()}
+    text = {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(1)}
+    again, layout = tower_weights.named(inside | text, "x")
+    assert layout == "transformers"
+    assert set(again) == set(found.tensors)
+    new, done = tower_weights.fitted(found, target, (4, 4), "refuse")
+    assert done == "as trained"
+    names = {tower_weights.canonical(name): name for name in target.state_dict()}
+    target.load_state_dict({names[name]: one for name, one in new.items()})
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(source(pixels).last_hidden_state, target(pixels).last_hidden_state)
+    larger, done = tower_weights.fitted(found, tower(3, 48), (6, 6), "bilinear")
+    assert done == "bilinear, 4 × 4 to 6 × 6"
+    assert len(larger["embeddings.position_embedding.weight"]) == 36
+
+
 def test_a_model_without_such_a_tower_is_refused() -> None:
     model = _lvlm()
     model.family.model.config.vision_config.model_type = "qwen2_5_vl"
