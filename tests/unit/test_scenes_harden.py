@@ -104,3 +104,18 @@ def test_the_shipped_tower_was_made_by_the_shipped_recipe() -> None:
     for stage in ("features", "answers"):
         steps = [one["step"] for one in log if one.get("stage") == stage]
         assert max(steps) == recipe[f"{stage.removesuffix('s')}_steps"]
+
+
+def test_the_card_reports_what_the_benchmark_measured() -> None:
+    folder = WEIGHTS / "scenes-a" / "robust" / "ranking"
+    found = json.loads((folder / "evaluation.json").read_text())
+    card = (folder / "README.md").read_text().splitlines()
+    assert found["split"] == "test"
+    assert {one["model"] for one in found["rows"]} == {"original", "hardened"}
+    for one in found["rows"]:
+        figures = f"{one['csfr']:.2f} / {one['asr']:.2f}"
+        start = f"| {one['epsilon']}/255 | {one['attack']} | {one['compression']} |"
+        rows = [line for line in card if line.startswith(start)]
+        assert len(rows) == 1, start
+        cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
+        assert cells[3 if one["model"] == "original" else 4] == figures, rows[0]
