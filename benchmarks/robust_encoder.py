@@ -3,8 +3,9 @@
     python benchmarks/robust_encoder.py --samples 300 --out evaluation.json
 
 Every attack is white-box on the weights it is measured on (adaptive), through the compressor it
-attacks. Figures go to a JSON file. A sample counts if the model answers it right when clean, with all tokens and compressed; *CSFR* is the share of these that fail
-through the compressor only, *ASR* the share that fail through it.
+attacks. Figures go to a JSON file. A sample counts if the model answers it right when clean, with
+all tokens and compressed; *CSFR* is the share of these that fail through the compressor only, *ASR*
+the share that fail through it.
 """
 
 from __future__ import annotations
