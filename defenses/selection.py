@@ -56,11 +56,14 @@ class SelectionDefense(Defense):
             attacked one; only an upper bound does.
         looks_again: whether the vision tower runs on other pictures too (`look_again`), so that an
             attack which knows the tower alone can go through it.
+        restores: whether what it changes about the kept set is of interest further on, to a method
+            that asks for `Columns.restored`.
     """
 
     kind: ClassVar[DefenseKind] = DefenseKind.SELECTION
     clean_ranking: ClassVar[bool] = False
     looks_again: ClassVar[bool] = False
+    restores: ClassVar[bool] = False
 
     @property
     def looks(self) -> int:
@@ -223,6 +226,14 @@ class Protected(Wrapped):
                 f"compressor keeps {selection.kept.sum(1).tolist()}; an equal number is a duty"
             )
         return self.base.complete(kept, seen)
+
+    def restored(self, scores: Scores, selection: Selection, seen: Seen) -> Tensor | None:
+        """Kept tokens that the compressor would not have kept; worked out anew, so that it also
+        says so of an imposed selection.
+        """
+        if not self.defense.restores or torch.equal(selection.kept, seen.valid):
+            return self.base.restored(scores, selection, seen)
+        return selection.kept & ~self.base.select(scores, seen).kept
 
     def _generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         return [

@@ -171,6 +171,17 @@ class PromptBook:
             raise TargetError(f"the text {text!r} has no token; give a word")
         return ids
 
+    def alone(self, text: str) -> Prompt:
+        """A text by itself as a prompt of one row: no template and no picture.
+
+        Raises:
+            TargetError: if it has no token.
+        """
+        ids = self._ids(text)
+        if not text.strip() or not ids:
+            raise TargetError(f"the text {text!r} has no token; give a word")
+        return self._pad([ids])
+
     def _pad(self, rows: list[list[int]]) -> Prompt:
         width = max(map(len, rows))
         ids = torch.tensor(

@@ -361,6 +361,17 @@ class Compressor(ABC):
         del preview, images, seeds
         return self
 
+    def restored(self, scores: Scores, selection: Selection, seen: Seen) -> Tensor | None:
+        """Kept tokens that were put back by a defence, bool ``[I, V]``; None if nothing does that.
+
+        Args:
+            scores: at its cut.
+            selection: there; of its own, or imposed.
+            seen: there.
+        """
+        del scores, selection, seen
+        return None
+
     def install(self, family: Family, memory: dict[str, Any]) -> Sequence[Any]:
         """Hooks of its own (stages TOWER and ATTENTION).
 

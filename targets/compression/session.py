@@ -16,7 +16,7 @@ their own mask.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -133,6 +133,32 @@ class CompressionSession:
         rows, length = live.shape
         alive = group.slots.spread(group.slots.alive.long(), length, rows).bool()
         return alive & live, live, group.start
+
+    def restored(self, layer: int) -> Tensor | None:
+        """Columns whose visual token a defence has put back, bool ``[B, n]``; None where none is.
+
+        Args:
+            layer: one that has been reached, of the prefill that runs or ran last.
+        """
+        one = self.trace.first
+        if one is None or one.seen.cut.by is None or self._running is None:
+            return None
+        tokens = one.seen.cut.by.restored(one.scores, one.selection, one.seen)
+        group = self._running.group(layer)
+        if tokens is None or group.slots is None:
+            return None
+        slots, (rows, length) = group.slots, group.mask.shape
+        there = tokens.gather(1, slots.carries) & slots.alive
+        return slots.spread(there.long(), length, rows).bool()
+
+    def mark(self) -> Callable[[], None]:
+        """Remember how far decoding is; what it returns goes back there, as often as called."""
+        groups, last, running = self._groups, self._last, self._running
+
+        def back() -> None:
+            self._groups, self._last, self._running = groups, last, running
+
+        return back
 
     def select(self, rows: Tensor) -> None:
         """Go on decoding with some rows of the batch, in this order, as the cache does.

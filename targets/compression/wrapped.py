@@ -117,6 +117,10 @@ class Wrapped(Compressor):
         ready = self.base.foresee(preview, images, seeds)
         return self if ready is self.base else replace(self, base=ready)
 
+    def restored(self, scores: Scores, selection: Selection, seen: Seen) -> Tensor | None:
+        """As the one inside."""
+        return self.base.restored(scores, selection, seen)
+
     def install(self, family: Family, memory: dict[str, Any]) -> Sequence[Any]:
         """As the one inside."""
         return self.base.install(family, memory)

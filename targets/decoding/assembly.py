@@ -58,6 +58,7 @@ def assemble(passes: Passes, method: Decoding, asked: Asked) -> DecodingRun:
             another number of draws than samples.
     """
     check(method, passes.family, asked.compressor)
+    method = method.foresee(passes)
     if asked.compressor is not None:
         ready = passes.ready(asked.images, asked.questions, asked.compressor, asked.seeds)
         asked = dataclasses.replace(asked, compressor=ready)

@@ -38,22 +38,29 @@ class Columns:
         visual: bool ``[B, n]``, living visual tokens.
         live: bool ``[B, n]``, columns that are no padding.
         start: first layer that has these columns; another number means another selection.
+        restored: bool ``[B, n]``, visual tokens that a defence of the selection has put back; None
+            where none does that.
     """
 
     visual: Tensor
     live: Tensor
     start: int
+    restored: Tensor | None = None
 
     def fitted(self, length: int) -> Columns:
         """With generated columns behind; of a cache that forgets, the last `length`."""
         more = max(0, length - self.visual.shape[1])
         visual = torch.nn.functional.pad(self.visual, (0, more))[:, -length:]
         live = torch.nn.functional.pad(self.live, (0, more), value=True)[:, -length:]
-        return Columns(visual, live, self.start)
+        restored = self.restored
+        if restored is not None:
+            restored = torch.nn.functional.pad(restored, (0, more))[:, -length:]
+        return Columns(visual, live, self.start, restored)
 
     def select(self, rows: Tensor) -> Columns:
         """Some rows of the batch."""
-        return Columns(self.visual[rows], self.live[rows], self.start)
+        restored = None if self.restored is None else self.restored[rows]
+        return Columns(self.visual[rows], self.live[rows], self.start, restored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,7 @@ class AttentionCall:
         generated: answer tokens among the key columns, the last ones.
         columns: what the key columns are.
         kernel: the model's own, given a mask → ``[B, q, N, E]``.
+        hidden: ``[B, q, D]`` the layer's input, of rules that want it (`AttentionRule.states`).
     """
 
     layer: int
@@ -85,6 +93,7 @@ class AttentionCall:
     generated: int
     columns: Columns
     kernel: Callable[[Tensor | None], Tensor]
+    hidden: Tensor | None = None
 
     def dots(self, query: Tensor, key: Tensor | None = None) -> Tensor:
         """``query · key`` ``[B, N, r, n]`` of queries ``[B, N, r, E]``, at least float32."""
@@ -151,6 +160,8 @@ class AttentionRule(ABC):
 
     masks: bool = False
     """Whether it hands the kernel a mask of its own, which flash attention does not take."""
+    states: bool = False
+    """Whether it wants the layer's input (`AttentionCall.hidden`)."""
 
     @abstractmethod
     def layers(self, depth: int) -> Iterable[int]:
@@ -162,6 +173,25 @@ class AttentionRule(ABC):
 
     def select(self, rows: Tensor) -> None:  # noqa: B027 - most remember nothing row by row
         """Go on with some rows of the batch, long ``[n]``, as the cache does."""
+
+    def mark(self) -> Callable[[], None]:
+        """Remember what it remembers; what this returns goes back there, as often as called.
+
+        Right for rules that keep tensors, or dictionaries of them, and never write into one.
+        """
+
+        def copied(state: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: dict(value) if isinstance(value, dict) else value
+                for name, value in state.items()
+            }
+
+        state = copied(self.__dict__)
+
+        def back() -> None:
+            self.__dict__.update(copied(state))
+
+        return back
 
 
 @dataclass(slots=True)
@@ -184,6 +214,8 @@ class Attending:
     generated: int = 0
     known: dict[int, Columns] = field(default_factory=dict)
     _before: dict[int, Any] = field(default_factory=dict)
+    _handles: list[Any] = field(default_factory=list)
+    _hidden: dict[int, Tensor] = field(default_factory=dict)
     _own: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,6 +240,11 @@ class Attending:
             self._before[layer] = module.config
             module.config = own
             module.__dict__[_RULE] = functools.partial(self._run, layer)
+            if self.rule.states:
+                # Behind a session's hook, which may have shortened the input.
+                hook = self._enters(layer)
+                handle = self.family.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+                self._handles.append(handle)
         return self
 
     def __exit__(
@@ -220,7 +257,26 @@ class Attending:
             module = self.family.layers[layer].self_attn
             module.config = config
             module.__dict__.pop(_RULE, None)
-        self._before = {}
+        for handle in self._handles:
+            handle.remove()
+        self._before, self._handles, self._hidden = {}, [], {}
+
+    def _enters(self, layer: int) -> Callable[..., None]:
+        def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del module
+            self._hidden[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def mark(self) -> Callable[[], None]:
+        """Remember what is known of the rows; what it returns goes back there."""
+        known, rule = dict(self.known), self.rule.mark()
+
+        def back() -> None:
+            self.known = dict(known)
+            rule()
+
+        return back
 
     def select(self, rows: Tensor) -> None:
         """Go on with some rows of the batch."""
@@ -262,6 +318,7 @@ class Attending:
                 generated=self.generated,
                 columns=self.known[layer].fitted(key.shape[2]),
                 kernel=kernel,
+                hidden=self._hidden.get(layer),
             )
         )
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from targets.decoding.attention import AttentionRule
+    from targets.decoding.search import Ends, Walk
     from targets.families.base import Family
+    from targets.passes import Passes
 
 Disturb = Callable[[Tensor, Sequence[int]], Tensor]
 """Pixels as the vision tower takes them ``[B, …]``, and a seed for each sample → ``[B, …]``."""
@@ -105,6 +107,30 @@ class Decoding(ABC):
     def refuses(self, family: Family) -> str | None:
         """Why it cannot work on a model, in plain words; None if it can."""
         del family
+        return None
+
+    def foresee(self, passes: Passes) -> Decoding:
+        """Itself, ready for a model: what does not depend on the question may be worked out here.
+
+        Called for every batch, before its branches are made.
+
+        Args:
+            passes: of the model.
+        """
+        del passes
+        return self
+
+    def search(self, walk: Walk, ends: Ends) -> Tensor | None:
+        """A search of its own over continuations; None leaves it to greedy or beam search.
+
+        Args:
+            walk: the branches, in front of their prompts.
+            ends: where answers end.
+
+        Returns:
+            Answers as ids ``[B, ≤ most]``, padded at the right.
+        """
+        del walk, ends
         return None
 
     @abstractmethod

@@ -7,6 +7,7 @@ closes it again; what the session knows of the prompt stays with it in between.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,27 @@ class Branch:
         if self.entered is not None and self.visual is not None:
             self.entered, self.visual = self.entered[rows], self.visual[rows]
 
+    def mark(self) -> Callable[[], None]:
+        """Remember where all rows stand; what it returns goes back there, as often as called.
+
+        Nothing is copied: tokens said later make new tensors of keys and values.
+        """
+        backs: list[Callable[[], None]] = []
+        if self.session is not None:
+            backs.append(self.session.mark())
+        if self._attending is not None:
+            backs.append(self._attending.mark())
+        cache, mask, last = _again(self._cache), self._mask, self._last
+        entered, visual = self.entered, self.visual
+
+        def back() -> None:
+            self._cache, self._mask, self._last = _again(cache), mask, last
+            self.entered, self.visual = entered, visual
+            for one in backs:
+                one()
+
+        return back
+
     def _run(self, cache: Any, answers: int) -> Tensor:  # noqa: ANN401 - of transformers
         prompt, family = self.prompt, self.family
         if self.inputs is None:
@@ -187,7 +209,7 @@ class Branch:
     def _look(self, layer: int) -> Columns:
         """What the columns of a layer are, at prefill."""
         if self.session is not None:
-            return Columns(*self.session.columns(layer))
+            return Columns(*self.session.columns(layer), self.session.restored(layer))
         if self._columns is None:
             live = self.prompt.mask.bool()
             visual = torch.zeros_like(live)
@@ -200,6 +222,13 @@ class Branch:
                     visual = slots.spread(slots.alive.long(), length, rows).bool()
             self._columns = Columns(visual, live, 0)
         return self._columns
+
+
+def _again(cache: Any) -> Any:  # noqa: ANN401 - of transformers
+    """A cache that grows apart from the given one and shares its tensors so far."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from targets.compression.scoring import precise
 from targets.decoding.base import Decoding, Step
 from targets.decoding.branch import Branch, Reading
-from targets.decoding.search import Ends, beams, greedy
+from targets.decoding.search import Back, Ends, Walk, beams, greedy
 from targets.errors import TargetError
 from targets.families.base import Family
 from targets.prompts import Dialogue
@@ -54,6 +54,11 @@ class DecodingRun:
     def generate(self, ends: Ends) -> Tensor:
         """Answers as ids ``[B, ≤ most]``, padded at the right."""
         with torch.no_grad():
+            rule = self.branches[0].rule
+            walk = Walk(self._start, self._advance, self._select, self._mark, rule)
+            found = self.method.search(walk, ends)
+            if found is not None:
+                return found
             if self.method.beams == 1:
                 return greedy(self._start, self._advance, ends)
             method = self.method
@@ -82,6 +87,17 @@ class DecodingRun:
         for branch in self.branches:
             branch.select(rows)
         self._rows = tuple(self._rows[row] for row in rows.tolist())
+
+    def _mark(self) -> Back:
+        backs = [branch.mark() for branch in self.branches]
+        rows, said = self._rows, self._said
+
+        def back() -> None:
+            for one in backs:
+                one()
+            self._rows, self._said = rows, said
+
+        return back
 
     def _logits(self, readings: Sequence[Reading]) -> Tensor:
         main = self.branches[0]

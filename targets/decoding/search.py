@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from targets.decoding.attention import AttentionRule
 
 Start = Callable[[], Tensor]
 """Logits ``[B, vocabulary]`` of the first token."""
@@ -14,6 +18,8 @@ Advance = Callable[[Tensor], Tensor]
 """Tokens ``[n]`` → logits ``[n, vocabulary]`` of what follows."""
 Select = Callable[[Tensor], None]
 """Go on with these rows, long ``[m]``."""
+Back = Callable[[], None]
+"""Go back to where a continuation stood; may be called again and again."""
 
 _NEVER = -1.0e9
 
@@ -31,6 +37,25 @@ class Ends:
     tokens: tuple[int, ...]
     pad: int
     most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What a search of a method's own may do (`Decoding.search`).
+
+    Attributes:
+        start: runs the prompts, once and first.
+        advance: runs one token of each row there is.
+        select: repeats, reorders and leaves out rows.
+        mark: remembers where all rows stand now; what it returns goes back there.
+        rule: the attention rule of the main pass, which may have taken notes; None without one.
+    """
+
+    start: Start
+    advance: Advance
+    select: Select
+    mark: Callable[[], Back]
+    rule: AttentionRule | None = None
 
 
 @torch.no_grad()
