@@ -44,13 +44,7 @@ class DecodingDefense(Defense, Decoding):
 
     def __post_init__(self) -> None:
         """Check every option against its range."""
-        for one in fields(self):
-            for rule in _rules(type(self), one.name):
-                value = getattr(self, one.name)
-                if value is not None and not _within(value, rule):
-                    raise DefenseError(
-                        f"defence {self.name}: {one.name} is {value!r}; allowed is {rule}"
-                    )
+        check_ranges(self)
 
     @property
     def draws(self) -> bool:
@@ -58,15 +52,31 @@ class DecodingDefense(Defense, Decoding):
         return self.stochastic
 
 
-def _rules(owner: type, name: str) -> tuple[Any, ...]:
+def check_ranges(defense: Any) -> None:  # noqa: ANN401 - any defence that is a dataclass
+    """Check every option of a defence against the range it is annotated with.
+
+    Raises:
+        DefenseError: for the first one outside it.
+    """
+    for one in fields(defense):
+        for rule in _rules(type(defense), one.name):
+            value = getattr(defense, one.name)
+            if value is not None and not _within(value, rule):
+                raise DefenseError(
+                    f"defence {defense.name}: {one.name} is {value!r}; allowed is {rule}"
+                )
+
+
+def _rules(owner: type, name: str) -> tuple[BaseMetadata | Interval, ...]:
     """The ranges an option was annotated with."""
     from typing import get_type_hints
 
     hint = get_type_hints(owner, include_extras=True)[name]
-    return tuple(one for one in getattr(hint, "__metadata__", ()) if isinstance(one, BaseMetadata))
+    kinds = (BaseMetadata, Interval)  # an interval is a group of the others, not one of them
+    return tuple(one for one in getattr(hint, "__metadata__", ()) if isinstance(one, kinds))
 
 
-def _within(value: float, rule: BaseMetadata) -> bool:
+def _within(value: float, rule: BaseMetadata | Interval) -> bool:
     if isinstance(rule, Interval):
         return all(_within(value, bound) for bound in rule)
     bounds = {

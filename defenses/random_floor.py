@@ -40,6 +40,8 @@ class RandomFloor(SelectionDefense):
     name: ClassVar[str] = "random_floor"
     adaptive: ClassVar[AdaptiveRoute] = AdaptiveRoute.EOT
     stochastic: ClassVar[bool] = True
+    from_dropped: ClassVar[bool] = False
+    """Whether it draws from what the compressor drops, and not from all but the top."""
 
     rho: Annotated[float, Interval(ge=0, le=1)] = 0.1
 
@@ -50,12 +52,16 @@ class RandomFloor(SelectionDefense):
         """The best of the kept, and as many drawn as are missing."""
         total = kept.sum(1)
         drawn = (total.double() * self.rho).round().long()
+        dropped = seen.valid & ~kept
+        if self.from_dropped:
+            drawn = torch.minimum(drawn, dropped.sum(1))
         if not bool(drawn.any()):
             return kept
         top = top_k_mask(scores.score, total - drawn, kept)
         width = kept.shape[1]
         noise = torch.stack([torch.rand(width, generator=one) for one in generators])
-        return top | top_k_mask(noise.to(kept.device), drawn, seen.valid & ~top)
+        rest = dropped if self.from_dropped else seen.valid & ~top
+        return top | top_k_mask(noise.to(kept.device), drawn, rest)
 
 
 def survival(evidence: int, rest: int, drawn: int) -> float:

@@ -97,6 +97,8 @@ BUILTIN: Final[Mapping[Kind, Mapping[str, str]]] = {
         "sid": "defenses.sid:SID",
         "dola": "defenses.dola:DoLa",
         "pai": "defenses.pai:PAI",
+        "opera": "defenses.opera:OPERA",
+        "sap": "defenses.sap:SAP",
         "m3id": "defenses.m3id:M3ID",
         "resize_pad": "defenses.resize_pad:ResizePad",
         "gaussian_vote": "defenses.gaussian_vote:GaussianVote",

@@ -26,7 +26,9 @@ from defenses.decoding import DecodingDefense
 from defenses.dola import DoLa
 from defenses.icd import ICD
 from defenses.m3id import M3ID
+from defenses.opera import OPERA
 from defenses.pai import PAI
+from defenses.sap import AttentionReallocation
 from defenses.sid import SID
 from defenses.vasparse import VASparse
 from defenses.vcd import VCD
@@ -51,6 +53,9 @@ ON: dict[str, DecodingDefense] = {
     "vasparse mean": VASparse(beams=1, phi_input="masked_visual_mean"),
     "vasparse each": VASparse(beams=1, phi_input="masked_visual_pos"),
     "vasparse repository": VASparse(beams=1, variant="repo_compat", interval=2),
+    "opera": OPERA(beams=2, first_tokens=2, threshold=2, damping=1e-2),
+    "sap": AttentionReallocation(number=3, strength=0.9),
+    "sap utility": AttentionReallocation(number=3, strength=0.9, anchors="utility"),
 }
 OFF: dict[str, DecodingDefense] = {
     "beam": BeamSearch(beams=1),
@@ -65,9 +70,12 @@ OFF: dict[str, DecodingDefense] = {
     "vasparse repository": VASparse(
         beams=1, variant="repo_compat", select=False, svcd=False, sink=False
     ),
+    "opera": OPERA(beams=1, penalty_weights=0, rollbacks=0),
+    "sap": AttentionReallocation(strength=0),
+    "sap without anchors": AttentionReallocation(number=0),
 }
 SOME = ("none", "fastv")
-EVERYWHERE = ("vcd", "pai", "sid", "vasparse strong", "vasparse mean")
+EVERYWHERE = ("vcd", "pai", "sid", "vasparse strong", "vasparse mean", "opera", "sap")
 """Between them these use all that a family could get wrong; the others run on three families."""
 PAIRS = [
     (family, name)
@@ -107,7 +115,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(family: str, name: str) -> None
     check_rows(loaded(family), ON[name], COMPRESSORS["pyramiddrop"])
 
 
-@pytest.mark.parametrize("name", [name for name in ON if name != "beam"])
+@pytest.mark.parametrize("name", [name for name in ON if name not in ("beam", "opera")])
 def test_it_changes_something(name: str) -> None:
     lvlm = loaded("llava")
     args = (pictures(lvlm), tiny.QUESTIONS, tiny.ANSWERS)
@@ -117,7 +125,7 @@ def test_it_changes_something(name: str) -> None:
     assert float((plain - other).abs().amax()) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["vasparse", "pai", "sid", "vcd"])
+@pytest.mark.parametrize("name", ["vasparse", "pai", "sid", "vcd", "sap"])
 def test_with_beams(name: str) -> None:
     """Rows that beams repeat and reorder keep what a method remembers of them."""
     lvlm = target("llava")

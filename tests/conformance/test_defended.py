@@ -22,6 +22,7 @@ from defenses.pai import PAI
 from defenses.random_floor import RandomFloor
 from defenses.rank_fusion import RankFusion
 from defenses.resize_pad import ResizePad
+from defenses.sap import TokenRestoration
 from defenses.score_smoothing import ScoreSmoothing
 from defenses.selection import Protected, SelectionDefense, rank_quantiles
 from defenses.sid import SID
@@ -50,6 +51,7 @@ DEFENSES: dict[str, SelectionDefense] = {
     "vote": RankFusion(fusion="vote"),
     "hybrid": Hybrid(),
     "floor": RandomFloor(rho=0.4),
+    "restoration": TokenRestoration(rho=0.4),
 }
 NOTHING: dict[str, SelectionDefense] = {
     "consensus": TranslationConsensus(shift=0),
@@ -57,6 +59,7 @@ NOTHING: dict[str, SelectionDefense] = {
     "fusion": RankFusion(layers=()),
     "hybrid": Hybrid(diverse=0),
     "floor": RandomFloor(rho=0),
+    "restoration": TokenRestoration(rho=0),
 }
 SOME = ("fastv", "visionzip", "vispruner", "hired", "divprune", "tome post")
 

@@ -10,11 +10,19 @@ import torch
 from defenses.base import DefenseError, DefenseKind
 from defenses.beam import BeamSearch
 from defenses.decoding import OFF, contrasted, plausible
+from defenses.vasparse import VASparse
 
 
 def test_options_outside_their_range_are_refused() -> None:
     with pytest.raises(DefenseError, match=r"beams is 0; allowed is Ge\(ge=1\)"):
         BeamSearch(beams=0)
+
+
+def test_intervals_are_checked_at_both_ends() -> None:
+    for keep in (0.0, 1.1):
+        with pytest.raises(DefenseError, match=f"keep is {keep}; allowed is Interval"):
+            VASparse(keep=keep)
+    assert VASparse(keep=1.0).keep == 1
 
 
 def test_it_says_what_it_is() -> None:
