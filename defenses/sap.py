@@ -36,8 +36,8 @@ class SAP(Defense):
         restore, reallocate = SAP().parts()
         lvlm.answer(images, questions, compressor=restore.protect(fastv), decoding=reallocate)
 
-    The authors' attacker does not know it, and they report no adaptive attack. One that does spreads
-    attention over more than m tokens or keeps its tokens close to v_safe [inferred].
+    The authors' attacker does not know it, and they report no adaptive attack. One that does would
+    spread attention over more than m tokens or keep its tokens close to v_safe [inferred].
 
     Args:
         rho: k as a share of the kept tokens, in [0, 1]; 0 restores nothing.
@@ -110,9 +110,9 @@ class TokenRestoration(RandomFloor):
     Args:
         rho: in [0, 1].
 
-    *Differs from the paper in …*: "lowest" is by the score of the compressor at its cut; of one that
-        chooses while it scores, the last chosen. A compressor that merges builds its merged tokens
-        around the changed set.
+    *Differs from the paper in …*: "lowest" is by the compressor's score at its cut; of one that
+    chooses while it scores, the last chosen. A compressor that merges builds its merged tokens
+    around the changed set.
     """
 
     name: ClassVar[str] = "sap_restoration"
@@ -146,8 +146,8 @@ class AttentionReallocation(DecodingDefense):
     it nothing, included; v and v_safe are inputs of the layer, v_safe of the last token of the
     instruction by itself. The first token of an answer, said at the end of the prefill, is
     reallocated as well: answers of one word would escape otherwise. Where nothing is restored
-    (without restoration, without a compressor, in front of the compressor's cut) the other visual
-    tokens get what anchors lose.
+    (without restoration, without a compressor) the other visual tokens get what anchors lose. In
+    layers in front of the compressor's last ranking nothing is done: it would change the ranking.
     """
 
     name: ClassVar[str] = "sap_reallocation"
@@ -272,7 +272,9 @@ class Reallocated(AttentionRule):
         self.anchors = {layer: one[rows] for layer, one in self.anchors.items()}
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        """Attention of the answer positions, reallocated."""
+        """Attention of the answer positions, reallocated; the model's own in front of the cut."""
+        if not call.columns.settled:
+            return call.kernel(call.mask)
         if call.layer not in self.anchors or call.query.shape[2] > 1:
             self.anchors = {**self.anchors, call.layer: self._found(call)}
         columns, length = call.columns, call.key.shape[2]

@@ -228,9 +228,7 @@ class Protected(Wrapped):
         return self.base.complete(kept, seen)
 
     def restored(self, scores: Scores, selection: Selection, seen: Seen) -> Tensor | None:
-        """Kept tokens that the compressor would not have kept; worked out anew, so that it also
-        says so of an imposed selection.
-        """
+        """Kept tokens that the compressor would not have kept, of an imposed selection too."""
         if not self.defense.restores or torch.equal(selection.kept, seen.valid):
             return self.base.restored(scores, selection, seen)
         return selection.kept & ~self.base.select(scores, seen).kept

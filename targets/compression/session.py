@@ -82,6 +82,7 @@ class CompressionSession:
         self._tower: Shortening | None = None
         self._running: TextPass | None = None
         self._groups: dict[int, Group] = {}
+        self._restored: tuple[CutTrace, Tensor | None] | None = None
         self._last: Tensor | None = None  # [B] position id of the last column so far
         guards.check(self._family, self._parts, self._cuts_of, relax)
         guards.check_tower(self._parts, mode)
@@ -134,6 +135,11 @@ class CompressionSession:
         alive = group.slots.spread(group.slots.alive.long(), length, rows).bool()
         return alive & live, live, group.start
 
+    @property
+    def settled(self) -> bool:
+        """Whether all cuts of the prefill that runs or ran last have ranked."""
+        return len(self.trace.cuts) == sum(cut.drops for cut in self._cuts_of)
+
     def restored(self, layer: int) -> Tensor | None:
         """Columns whose visual token a defence has put back, bool ``[B, n]``; None where none is.
 
@@ -143,12 +149,19 @@ class CompressionSession:
         one = self.trace.first
         if one is None or one.seen.cut.by is None or self._running is None:
             return None
-        tokens = one.seen.cut.by.restored(one.scores, one.selection, one.seen)
+        if self._restored is None or self._restored[0] is not one:
+            found = one.seen.cut.by.restored(one.scores, one.selection, one.seen)
+            self._restored = one, found  # the same for all layers
+        tokens = self._restored[1]
         group = self._running.group(layer)
         if tokens is None or group.slots is None:
             return None
         slots, (rows, length) = group.slots, group.mask.shape
-        there = tokens.gather(1, slots.carries) & slots.alive
+        # Of two places with one token the later holds it: VisionZip puts CLS where the first is.
+        order = torch.arange(1, slots.carries.shape[1] + 1, device=tokens.device) * slots.alive
+        last = torch.zeros_like(order).scatter_reduce(1, slots.carries, order, "amax")
+        there = tokens.gather(1, slots.carries) & (last.gather(1, slots.carries) == order)
+        there = there & slots.alive
         return slots.spread(there.long(), length, rows).bool()
 
     def mark(self) -> Callable[[], None]:

@@ -40,12 +40,15 @@ class Columns:
         start: first layer that has these columns; another number means another selection.
         restored: bool ``[B, n]``, visual tokens that a defence of the selection has put back; None
             where none does that.
+        settled: whether the compressor has ranked for the last time, so that a change to attention
+            here cannot change its choice; True without one.
     """
 
     visual: Tensor
     live: Tensor
     start: int
     restored: Tensor | None = None
+    settled: bool = True
 
     def fitted(self, length: int) -> Columns:
         """With generated columns behind; of a cache that forgets, the last `length`."""
@@ -55,12 +58,12 @@ class Columns:
         restored = self.restored
         if restored is not None:
             restored = torch.nn.functional.pad(restored, (0, more))[:, -length:]
-        return Columns(visual, live, self.start, restored)
+        return Columns(visual, live, self.start, restored, self.settled)
 
     def select(self, rows: Tensor) -> Columns:
         """Some rows of the batch."""
         restored = None if self.restored is None else self.restored[rows]
-        return Columns(self.visual[rows], self.live[rows], self.start, restored)
+        return Columns(self.visual[rows], self.live[rows], self.start, restored, self.settled)
 
 
 @dataclass(frozen=True, slots=True)

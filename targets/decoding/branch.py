@@ -209,7 +209,8 @@ class Branch:
     def _look(self, layer: int) -> Columns:
         """What the columns of a layer are, at prefill."""
         if self.session is not None:
-            return Columns(*self.session.columns(layer), self.session.restored(layer))
+            session = self.session
+            return Columns(*session.columns(layer), session.restored(layer), session.settled)
         if self._columns is None:
             live = self.prompt.mask.bool()
             visual = torch.zeros_like(live)

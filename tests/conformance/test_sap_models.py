@@ -91,6 +91,7 @@ def test_the_decoding_part_knows_what_was_restored(lvlm: LVLM, kind: str) -> Non
             assert int(here.sum()) == round(0.3 * int(kept.sum())) > 0
     if kind == "fastv":
         assert attending.known[0].restored is None
+        assert set(run.branches[0].rule.anchors) == set(range(1, len(attending.known)))  # type: ignore[union-attr]
     for layer, anchors in run.branches[0].rule.anchors.items():  # type: ignore[union-attr]
         assert anchors.sum(1).tolist() == [3, 3, 3]
         assert not bool((anchors & ~attending.known[layer].visual).any())
@@ -168,9 +169,7 @@ def test_anchors_against_the_attention_of_transformers(anchors: Any) -> None:
     )
 
 
-def test_every_row_of_attention_keeps_its_mass(
-    lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_row_of_attention_keeps_its_mass(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[Tensor] = []
     moved: list[float] = []
     real = sap.reallocated
@@ -223,7 +222,7 @@ def test_a_run_of_ones_own_says_what_is_missing() -> None:
     method = AttentionReallocation()
     run = lvlm._passes.decoder(method, asked(lvlm, None))
     run.branches[0]._attending.rule = method.attention()  # type: ignore[union-attr, assignment]
-    with pytest.raises(DefenseError, match="begins with method.foresee"), torch.no_grad():
+    with pytest.raises(DefenseError, match=r"begins with method\.foresee"), torch.no_grad():
         run._start()
 
 

@@ -122,9 +122,7 @@ def slow_search(speaker: Speaker, method: OPERA, ends: Ends) -> tuple[list[int],
         counts = [[*h[2], lean].count(column) for h, lean in zip(hypotheses, leans, strict=True)]
         if method.rollbacks and column >= method.first_tokens and min(counts) > method.threshold:
             free = [
-                p
-                for p in (column + 1, column)
-                if p < place and gone.count(p) < method.rollbacks
+                p for p in (column + 1, column) if p < place and gone.count(p) < method.rollbacks
             ]
             if free:
                 back = free[0]

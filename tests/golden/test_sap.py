@@ -41,9 +41,9 @@ def test_k_of_the_dropped_replace_the_k_lowest_kept(keep: int, rho: float) -> No
     for row in range(3):
         fresh = [i for i in range(36) if restored[row, i] and not kept[row, i]]
         lost = [i for i in range(36) if kept[row, i] and not restored[row, i]]
-        lowest = sorted(
-            (i for i in range(36) if kept[row, i]), key=lambda i: float(score[row, i])
-        )[:wanted]
+        lowest = sorted((i for i in range(36) if kept[row, i]), key=lambda i: float(score[row, i]))[
+            :wanted
+        ]
         assert len(fresh) == wanted
         assert lost == sorted(lowest)
     if not wanted:
