@@ -150,6 +150,38 @@ class Pipelines(_Record):
     """Of what gave the answers through compression."""
     attacked: str = ""
     """Of what the attack took its gradients or answers from; "" where the defence was not in it."""
+class Detection(_Record):
+    """How suspicious a detector finds the two pictures; higher is more, on its own scale."""
+
+    clean: float
+    attacked: float
+    seconds: float = 0.0
+    """Of scoring one picture: an equal share of its batch, mean of both."""
+
+
+class Calibration(_Record):
+    """Scores of a detector on clean pictures that are no test pictures; thresholds come of them."""
+
+    target: str
+    """Labels of what is watched, and by what."""
+    compression: str
+    detector: str
+    samples: list[str]
+    """Ids whose scores set thresholds."""
+    scores: list[float]
+    """Of these, in order."""
+    learnt_from: list[str] = Field(default_factory=list)
+    """Ids the detector learnt from; they set no threshold."""
+    state: str | None = None
+    """Content hash (SHA-256, hex) of the file with what it learnt; None if it learns nothing."""
+    language: float = 0.0
+    """Further prefills of the language model, in units of a compressed one; declared."""
+    tower: float = 0.0
+    """Further passes of a picture through the vision tower; declared."""
+    share: float = 0.0
+    """Share of the traffic it watches, where that is an option; else 0."""
+    data: str = ""
+    """Hash of the calibration data."""
 
 
 class TrialError(_Record):
@@ -195,6 +227,8 @@ class Trial(_Record):
     """None in ledgers from before they were recorded."""
     pipelines: Pipelines | None = None
     """None without a defence, and in ledgers from before they were recorded."""
+    detection: Detection | None = None
+    """In cells of a detector: its scores."""
     loss: list[float] = Field(default_factory=list)
     """The attack's loss trace, at most 64 points, first and last included."""
     checks: list[str] = Field(default_factory=list)

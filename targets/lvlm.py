@@ -153,6 +153,11 @@ class LVLM:
         return self._passes.family
 
     @property
+    def passes(self) -> Passes:
+        """Forward passes behind answers and views: for those who guard the model, not attackers."""
+        return self._passes
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of a picture that suits the model."""
         return self._passes.family.image_size
