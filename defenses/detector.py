@@ -204,4 +204,3 @@ def stacked(parts: Sequence[Observation]) -> dict[str, Tensor]:
 def standardise(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     """z-scores; a spread below `SPREAD` counts as that."""
     return (values - mean.to(values)) / spread.to(values).clamp_min(SPREAD)
-

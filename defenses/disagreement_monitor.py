@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Interval
@@ -71,7 +71,7 @@ class DisagreementMonitor(Detector):
     def _of_answers(self, traffic: Traffic) -> Tensor:
         """Whether the greedy answers differ, or the gap of what the compressed path says."""
         passes, using = traffic.model.passes, traffic.compressor
-        how = {"max_new_tokens": self.max_new_tokens}
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
         with torch.no_grad():
             said = traffic.model.answer(
                 traffic.images, traffic.questions, compressor=using, seeds=traffic.draws, **how
@@ -96,7 +96,7 @@ class DisagreementMonitor(Detector):
         return torch.where(signal > FAINT, signal, 0 * signal)
 
     def cost(self, full: float) -> Cost:
-        """p · C_full / C_K, and the tower again: ``answer`` also generates, which is not counted."""
+        """P · C_full / C_K, and the tower again: ``answer`` also generates, which is not counted."""
         return Cost(language=self.share * full, tower=self.share)
 
 

@@ -7,6 +7,7 @@ from typing import cast
 
 from defenses.base import Defense, DefenseKind, InputDefense
 from defenses.decoding import DecodingDefense
+from defenses.detector import Detector
 from defenses.encoder import EncoderDefense
 from defenses.fallback import FallbackDefense
 from defenses.selection import SelectionDefense
@@ -31,7 +32,7 @@ class Guard:
     selections: tuple[SelectionDefense, ...] = ()
     decoding: DecodingDefense | None = None
     fallback: FallbackDefense | None = None
-    detector: Defense | None = None
+    detector: Detector | None = None
 
     @classmethod
     def of(cls, defense: object) -> Guard:
@@ -49,7 +50,7 @@ class Guard:
             selections=tuple(part for part in parts if isinstance(part, SelectionDefense)),
             decoding=cast("DecodingDefense | None", only(DefenseKind.DECODING)),
             fallback=cast("FallbackDefense | None", only(DefenseKind.FALLBACK)),
-            detector=only(DefenseKind.DETECTOR),
+            detector=cast("Detector | None", only(DefenseKind.DETECTOR)),
         )
 
     @property
@@ -71,7 +72,7 @@ class Guard:
 
     def refuses(self, compressor: Compressor) -> str | None:
         """Why a part has no meaning for a compressor; None if all have."""
-        for one in (*self.selections, self.fallback):
+        for one in (*self.selections, self.fallback, self.detector):
             reason = None if one is None else one.refuses(compressor)
             if reason is not None:
                 return reason

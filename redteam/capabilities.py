@@ -20,7 +20,16 @@ _NEEDS: Final[Mapping[str, frozenset[str]]] = {
 """What a target must be capable of for an attack with this knowledge."""
 
 
-_RUNS: Final = ("none", "input", "selection", "decoding", "encoder", "fallback", "stack")
+_RUNS: Final = (
+    "none",
+    "input",
+    "selection",
+    "decoding",
+    "encoder",
+    "fallback",
+    "stack",
+    "detector",
+)
 """Kinds of defences that this version runs."""
 
 
@@ -51,16 +60,51 @@ def mismatches(scenario: Scenario) -> list[Problem]:
                     allowed=f"defences of kinds {', '.join(_RUNS[1:])}",
                 )
             )
+    found += _uncalibrated(scenario)
     if found:
         return found  # what follows constructs the methods
     return [*_unprotected(scenario), *_not_adaptive(scenario)]
+
+
+def detectors(scenario: Scenario) -> list[Method]:
+    """The detectors among its defences."""
+    return [one for one in scenario.defenses if one.signature.facts.get("kind") == "detector"]
+
+
+def _uncalibrated(scenario: Scenario) -> list[Problem]:
+    """Detectors without clean samples of their own, and samples chosen by what the target says."""
+    calibration = scenario.calibration
+    if calibration is None:
+        return [
+            defense.problem(
+                f"detector {defense.label!r} sets its threshold on clean samples that are not "
+                "tested, and the scenario names none",
+                allowed="a data set under `calibration`",
+                hint="e.g. calibration: {type: scenes, split: validation, samples: 300}",
+            )
+            for defense in detectors(scenario)
+        ]
+    if calibration.options.get("filter") is None:
+        return []
+    return [
+        calibration.problem(
+            f"filter {calibration.options['filter']!r} leaves samples out by what the target "
+            "answers; thresholds have to come from all clean traffic",
+            allowed="filter: null",
+        )
+    ]
 
 
 def _unprotected(scenario: Scenario) -> list[Problem]:
     """Defences and the compressors they have no meaning for."""
     found: list[Problem] = []
     for defense in scenario.defenses:
-        if defense.signature.facts.get("kind") not in ("selection", "fallback", "stack"):
+        if defense.signature.facts.get("kind") not in (
+            "selection",
+            "fallback",
+            "stack",
+            "detector",
+        ):
             continue
         from defenses.guard import Guard
 
@@ -114,6 +158,8 @@ def cautions(scenario: Scenario) -> tuple[str, ...]:
     from redteam.adaptive import omitted
 
     left_out = omitted(scenario) if any(one.adaptive for one in scenario.attacks) else ()
+    if scenario.calibration is not None and not detectors(scenario):
+        left_out += ("calibration is not used: the scenario lists no detector.",)
     return left_out + tuple(
         f"attack {attack.label} leaves all pictures as they are against {compression.label}: {why}."
         for attack in scenario.attacks

@@ -189,9 +189,10 @@ def validate(
     problems = mismatches(checked)
     if problems:
         raise ScenarioError(problems)
-    paths = checked.dataset.signature.facts.get("paths", ())
-    if paths and all(checked.dataset.options[key] is not None for key in paths):
-        checked.dataset.create().open()
+    for data in (checked.dataset, checked.calibration):
+        paths = () if data is None else data.signature.facts.get("paths", ())
+        if data is not None and paths and all(data.options[key] is not None for key in paths):
+            data.create().open()
     show_valid(checked)
     _warn(cautions(checked))
 

@@ -30,6 +30,8 @@ def examine_scenario(scenario: Scenario) -> list[Finding]:
     for target in scenario.targets:
         found += list(_target(target))
     found += list(_dataset(scenario.dataset))
+    if scenario.calibration is not None:
+        found += list(_dataset(scenario.calibration))
     return found
 
 
@@ -174,7 +176,7 @@ def _memory() -> int:
 
 
 def _dataset(dataset: Method) -> Iterator[Finding]:
-    what = f"dataset {dataset.type}"
+    what = f"{dataset.key or 'dataset'} {dataset.type}"
     options: Mapping[str, Any] = dataset.options
     tables = dataset.type == "parquet" or "repo" in options
     if tables and importlib.util.find_spec("pyarrow") is None:

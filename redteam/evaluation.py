@@ -19,6 +19,7 @@ from redteam.scenario import Method, digest
 from reports.records import Answer
 
 if TYPE_CHECKING:
+    from defenses.detector import Traffic
     from defenses.guard import Guard
     from targets.compression.base import Compressor, Selection
     from targets.lvlm import LVLM, Answered
@@ -236,6 +237,19 @@ class Asker:
         from defenses.fingerprint import deployed
 
         return deployed(self.compressor(compression, defense), self.guard(defense))
+
+    def traffic(self, shots: Sequence[Shot], compression: Method, defense: Method) -> Traffic:
+        """Requests as a detector sees them, in front of an answer through the compressor."""
+        from defenses.detector import Traffic
+
+        return Traffic(
+            model=self.model,
+            compressor=self.instance(compression),
+            images=self.images(shots),
+            questions=tuple(shot.sample.question for shot in shots),
+            seeds=tuple(self._seeds(defense, shots)),
+            draws=tuple(self._seeds(compression, shots)),
+        )
 
     def acts(self, defense: Method, *, compressed: bool) -> bool:
         """Whether a defence changes an answer on a path.

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from redteam import provenance
+from redteam.calibrating import open_calibration
 from redteam.capabilities import cautions
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import without
@@ -84,13 +85,14 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
     samples: Samples = scenario.dataset.create().open()
     if not len(samples):
         raise NothingSelected(str(scenario.dataset.problem("the data set holds no sample")))
+    calibration = open_calibration(scenario, samples)
     resumed = (folder / MANIFEST).exists()
     if resumed:
         samples = without(samples, recorded(RunStore.read(folder).manifest.provenance))
         units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples))
         if not units:
             return Finished(folder, build_reports(folder), False, cautions(scenario))
-    engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say)
+    engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say, calibration)
     identity = engine.prepare()
     made_with = provenance.collect(engine.device, identity, scenario.engine.model_dump())
     if not resumed:

@@ -142,6 +142,8 @@ class Scenario:
         engine: how to run it.
         checks: self-checks that cost something.
         answers: how the target answers.
+        calibration: clean samples that detectors learn from and set thresholds on; None if the
+            file names none.
         path: of the file.
         text: of the file, with the overrides as comments at its head.
         overrides: ``key=value`` from the command line.
@@ -163,6 +165,7 @@ class Scenario:
     surrogates: tuple[Method, ...] = ()
     checks: ChecksOptions = field(default_factory=ChecksOptions)
     answers: AnswerOptions = field(default_factory=AnswerOptions)
+    calibration: Method | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides results, as plain JSON data.
@@ -184,6 +187,7 @@ class Scenario:
             **({"surrogates": list(map(_named, self.surrogates))} if self.surrogates else {}),
             **({"checks": self.checks.model_dump()} if self.checks != ChecksOptions() else {}),
             **({"answers": self.answers.model_dump()} if self.answers != AnswerOptions() else {}),
+            **({"calibration": self.calibration.spec} if self.calibration else {}),
         }
 
     @property
@@ -308,7 +312,8 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
     except ValidationError as error:
         findings.pydantic(error, (), lambda inner: annotation_at(Header, inner))
     methods = _methods(document.data, path.parent, findings)
-    dataset = _dataset(document.data.get("dataset"), path.parent, findings)
+    dataset = _dataset("dataset", document.data, path.parent, findings)
+    calibration = _dataset("calibration", document.data, path.parent, findings)
     default = tuple(header.epsilons) if header else ()
     built: dict[str, tuple[Method, ...]] = {}
     for key, raws in methods.items():
@@ -343,6 +348,9 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
         text="".join(f"# --set {item}\n" for item in overrides) + document.text,
         overrides=overrides,
         surrogates=built["surrogates"],
+        calibration=None
+        if calibration is None
+        else _method(calibration, calibration.type, document, path.parent, ()),
     )
 
 
@@ -377,10 +385,11 @@ def _methods(data: Mapping[str, Any], folder: Path, findings: Findings) -> dict[
     return found
 
 
-def _dataset(raw: object, folder: Path, findings: Findings) -> Raw | None:
+def _dataset(key: str, data: Mapping[str, Any], folder: Path, findings: Findings) -> Raw | None:
+    raw = data.get(key)
     if not isinstance(raw, dict):
         return None  # the header has said so
-    found = check_method("datasets", raw, ("dataset",), findings)
+    found = check_method("datasets", raw, (key,), findings)
     if found is not None:
         check_paths(found, folder, findings)
     return found

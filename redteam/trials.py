@@ -9,10 +9,24 @@ import numpy as np
 
 from redteam.diagnosis import Places, compare, judge
 from redteam.pictures import Pixels, distance
-from reports.records import Answers, Cell, Demand, Demands, Effort, Pipelines, Swap, Tokens, Trial
+from reports.records import (
+    Answers,
+    Cell,
+    Demand,
+    Demands,
+    Detection,
+    Effort,
+    Pipelines,
+    Swap,
+    Tokens,
+    Trial,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from redteam.batching import Failure
+    from redteam.calibrating import Watched
     from redteam.datasets.base import Sample
     from redteam.diagnosis import Bools
     from redteam.evaluation import Reply, Shot
@@ -140,6 +154,24 @@ def measured(
         checks=list(attacked.checks),
         timings={name: round(seconds, 6) for name, seconds in timings.items()},
     )
+
+
+def with_scores(trial: Trial, seen: Sequence[Watched]) -> Trial:
+    """A trial with what a detector says of its pictures.
+
+    Args:
+        trial: measured.
+        seen: of the clean and of the attacked picture; none in cells without a detector.
+    """
+    if not seen:
+        return trial
+    clean, attacked = seen
+    found = Detection(
+        clean=clean.score,
+        attacked=attacked.score,
+        seconds=round((clean.seconds + attacked.seconds) / 2, 6),
+    )
+    return trial.model_copy(update={"detection": found})
 
 
 def _tokens(clean: Reply, attacked: Reply, places: Places, evidence: Bools | None) -> Tokens | None:

@@ -139,6 +139,7 @@ class Header(BaseModel):
     targets: Items
     surrogates: list[Any] = Field(default_factory=list)
     dataset: dict[str, Any]
+    calibration: dict[str, Any] | None = None
     compressions: Items
     attacks: Items
     epsilons: list[Epsilon] = Field(default_factory=list)

@@ -34,6 +34,7 @@ class Built:
         defenses: one row for each defence and place; None without defences.
         notes: what a reader should know before trusting the table, one sentence each.
         doubted: whether a self-check took the pass of a gate away.
+        detectors: one row per cell of a detector; None without one.
     """
 
     summary: Path
@@ -47,6 +48,7 @@ class Built:
     notes: tuple[str, ...]
     doubted: bool = False
     defenses: Table | None = None
+    detectors: Table | None = None
 
 
 def build_reports(folder: Path) -> Built:
@@ -58,7 +60,7 @@ def build_reports(folder: Path) -> Built:
         StoreError: if it is no run folder, is damaged, or cannot be written.
         ReportError: if manifest and ledger do not belong together.
     """
-    from reports import defended
+    from reports import defended, detection
     from reports.findings import collect
     from reports.html import render
     from reports.markdown import render_markdown
@@ -68,7 +70,7 @@ def build_reports(folder: Path) -> Built:
     from reports.verdict import ExitCode, Verdict
 
     store = RunStore.read(folder)
-    summary = summarise(store.manifest, store.trials())
+    summary = summarise(store.manifest, store.trials(), store.calibrations())
     found = collect(store)
     return Built(
         summary=store.write_summary(summary),
@@ -82,4 +84,5 @@ def build_reports(folder: Path) -> Built:
         notes=notes(summary),
         defenses=defended.table(summary),
         doubted=any(cell["doubt"] for gate in summary["gates"] for cell in gate["cells"]),
+        detectors=detection.table(summary),
     )

@@ -32,9 +32,12 @@ SHARES: Final = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 UNVERIFIED: Final = "UNVERIFIED (upper bound)"
 CAPTION: Final = (
     "AUROC and AUPR of attacked against clean test pictures. TPR@x: share of attacked pictures "
-    "flagged at a threshold that flags at most x of the clean *calibration* pictures; FPR is what "
-    "that threshold flags of the clean test pictures. Evaded: attacks through the compressor that "
-    "succeed unflagged, of those that could. 95 % intervals in brackets."
+    "flagged at a threshold that flags at most x of the clean calibration pictures; FPR is what "
+    "that threshold flags of the clean test pictures. At 5 %: of CSF, the share flagged of "
+    "compression-specific failures; evaded, attacks that broke the compressed answer unflagged, of "
+    "the answers that were right. Cost of watching one picture, as declared: prefills of the "
+    "language model in units of a compressed one + passes of the tower; as measured here, in "
+    "brackets: seconds in units of a compressed answer. 95 % intervals in square brackets."
 )
 
 
@@ -240,23 +243,27 @@ class Scores:
 
 
 def detectors(
-    manifest: Manifest, scores: Scores, calibrations: Mapping[str, Calibration]
-) -> list[dict[str, Any]]:
-    """The section ``detectors`` of summary.json: one entry per cell of a detector.
+    manifest: Manifest, scores: Scores, calibrations: Sequence[Calibration]
+) -> dict[str, Any] | None:
+    """The section ``detectors`` of summary.json; None in runs without detectors.
 
     Args:
         manifest: of the run.
         scores: of its trials.
-        calibrations: by `key_of`, as in the run folder.
+        calibrations: as in the run folder.
     """
-    found = []
-    for cell in manifest.cells:
-        rows = scores.of(cell.id)
-        name = key_of(cell.target, cell.compression, cell.defense)
-        if cell.spec.get("defense_kind") != "detector":
-            continue
-        found.append(_entry(manifest, cell, rows, calibrations.get(name)))
-    return found
+    known = {key_of(one.target, one.compression, one.detector): one for one in calibrations}
+    entries = [
+        _entry(
+            manifest,
+            cell,
+            scores.of(cell.id),
+            known.get(key_of(cell.target, cell.compression, cell.defense)),
+        )
+        for cell in manifest.cells
+        if cell.detector
+    ]
+    return {"cells": entries, "notes": notes(entries)} if entries else None
 
 
 def _entry(
@@ -378,9 +385,9 @@ def _seed(manifest: Manifest, cell: str) -> int:
 
 def table(summary: Mapping[str, Any]) -> Table | None:
     """One row per cell of a detector; None without detectors."""
-    entries = summary.get("detectors") or []
-    if not entries:
+    if "detectors" not in summary:
         return None
+    entries = summary["detectors"]["cells"]
     columns: list[tuple[str, bool, list[str]]] = [
         ("detector", False, [plain(one["detector"]) for one in entries]),
         ("target", False, [plain(one["target"]) for one in entries]),
@@ -393,8 +400,8 @@ def table(summary: Mapping[str, Any]) -> Table | None:
         ("FPR", True, [_rate(one, 0.01, "fpr", short=True) for one in entries]),
         ("TPR@5 %", True, [_rate(one, 0.05, "tpr") for one in entries]),
         ("FPR ", True, [_rate(one, 0.05, "fpr", short=True) for one in entries]),
-        ("TPR@5 % of CSF", True, [_rate(one, 0.05, "tpr_failures") for one in entries]),
-        ("evaded@5 %", True, [_rate(one, 0.05, "evaded") for one in entries]),
+        ("of CSF", True, [_rate(one, 0.05, "tpr_failures", short=True) for one in entries]),
+        ("evaded", True, [_rate(one, 0.05, "evaded") for one in entries]),
         ("n +/−", True, [f"{one['positives']:,}/{one['negatives']:,}" for one in entries]),
         ("cost", False, [_cost_text(one["cost"]) for one in entries]),
     ]
@@ -414,23 +421,24 @@ def _rate(entry: Mapping[str, Any], rate: float, name: str, *, short: bool = Fal
 def _cost_text(cost: Mapping[str, Any]) -> str:
     if cost["language_prefills"] is None:
         return "n/a"
-    took = "" if cost["answers"] is None else f", ×{number(cost['answers'], 1)} of an answer here"
+    took = "n/a" if cost["answers"] is None else f"×{number(cost['answers'], 1)}"
     language, tower = number(cost["language_prefills"], 2), number(cost["tower_passes"], 0)
-    return f"{language} prefills + {tower} tower{took}"
+    return f"{language} + {tower} ({took})"
 
 
-def notes(summary: Mapping[str, Any]) -> list[str]:
+def notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader should know before trusting the table of detectors."""
-    entries = summary.get("detectors") or []
     found = []
-    for label in dict.fromkeys(one["detector"] for one in entries):
+    labels = list(dict.fromkeys(one["detector"] for one in entries))
+    evaded = {one["detector"] for one in entries if one["adaptive"]}
+    alone = [plain(label) for label in labels if label not in evaded]
+    if alone:
+        found.append(
+            f"no attack of this run evades {', '.join(alone)} on purpose: what they detect, and "
+            f"what evades them, are {UNVERIFIED}."
+        )
+    for label in labels:
         mine = [one for one in entries if one["detector"] == label]
-        adapted = [one for one in mine if one["adaptive"]]
-        if not adapted:
-            found.append(
-                f"detector {plain(label)}: no attack of this run evades it on purpose, so its "
-                f"detection rates are {UNVERIFIED}."
-            )
         same = sorted({plain(one["attack"]) for one in mine if one["same_attack"]})
         if same:
             found.append(
@@ -438,7 +446,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
                 f"{', '.join(same)}: those rows say how well it knows that attack."
             )
     few = {
-        what: min((one[what] for one in entries), default=0) for what in ("negatives", "calibration")
+        what: min((one[what] for one in entries), default=0)
+        for what in ("negatives", "calibration")
     }
     if entries and min(few.values()) < ENOUGH[0.01]:
         found.append(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports import availability, defended, transfer
+from reports import availability, defended, detection, transfer
 from reports.findings import Findings
 from reports.marks import MEANING, bare, failed, rule_text
 from reports.reading import DIAGNOSIS, HOW_TO_READ, statements
@@ -50,7 +50,8 @@ def render_markdown(manifest: Manifest, summary: Mapping[str, Any], found: Findi
         _bullets("What stands out", [escape(one, 2_000) for one in statements(summary)]),
         _cells(summary),
         _defenses(summary),
-        _availability(availability.table(manifest, summary)),
+        _extra("Availability", availability.CAPTION, availability.table(manifest, summary)),
+        _extra("Detectors", detection.CAPTION, detection.table(summary)),
         transfer_section(summary.get("transfer")),
         _findings(found),
         _bullets("Before you trust it", [escape(one, 2_000) for one in notes(summary)]),
@@ -148,12 +149,13 @@ def _defenses(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _availability(shown: Table | None) -> str:
+def _extra(title: str, caption: str, shown: Table | None) -> str:
+    """A table beside that of the results."""
     if shown is None:
         return ""
     rows = [tuple(escape(value) for value in row) for row in shown.rows]
     body = _table(shown.columns, rows, shown.numeric)
-    return f"### Availability\n\n{availability.CAPTION}\n\n{body}"
+    return f"### {title}\n\n{caption}\n\n{body}"
 
 
 def _findings(found: Findings) -> str:

@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reports.availability import Latency
 from reports.badges import Badges
 from reports.checks import Doubt, grouped, run_checks, vetoes
+from reports.detection import Scores, detectors
 from reports.errors import ReportError
 from reports.gate import Progress, cell_label, conclude, decide
 from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
-from reports.records import SCHEMA_VERSION, Cell, Diagnosis, Effort, GateSpec, Manifest, Trial
+from reports.records import (
+    SCHEMA_VERSION,
+    Calibration,
+    Cell,
+    Diagnosis,
+    Effort,
+    GateSpec,
+    Manifest,
+    Trial,
+)
 from reports.registry import METRICS, Metric
 from reports.statistics import Estimate, mcnemar_exact
 from reports.survival import minimal_epsilon
@@ -31,17 +41,21 @@ def seed_of(manifest: Manifest, cell: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
+def summarise(
+    manifest: Manifest, trials: Iterable[Trial], calibrations: Sequence[Calibration] = ()
+) -> dict[str, Any]:
     """Compute summary.json; see docs/results-format.md for what it holds.
 
     Args:
         manifest: of the run.
         trials: in any order; of several with the same cell and sample the last counts.
+        calibrations: of its detectors.
 
     Raises:
         ReportError: if a trial belongs to no cell or sample of the manifest.
     """
-    rows, timings, effort = _collect(manifest, trials)
+    scores = Scores()
+    rows, timings, effort = _collect(manifest, _noted(trials, scores))
     measured: dict[tuple[str, float], dict[str, Estimate]] = {}
 
     def of(cell: Cell, confidence: float) -> dict[str, Estimate]:
@@ -106,8 +120,18 @@ def summarise(manifest: Manifest, trials: Iterable[Trial]) -> dict[str, Any]:
         ],
         "timings": {**timings, "defenses": badges.timings()},
     }
+    watched = detectors(manifest, scores, calibrations)
+    if watched is not None:
+        summary["detectors"] = watched
     matrix = transfer(manifest.cells, summary["cells"])
     return summary if matrix is None else {**summary, "transfer": matrix}
+
+
+def _noted(trials: Iterable[Trial], scores: Scores) -> Iterator[Trial]:
+    """The trials as they are, the scores of detectors noted on the way."""
+    for trial in trials:
+        scores.add(trial)
+        yield trial
 
 
 def _doubts(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Doubt]]:

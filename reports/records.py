@@ -314,6 +314,8 @@ class Cell(_Record):
     knows_compression: bool
     spec: dict[str, Any]
     """Resolved options: {"target": {...}, "compression": {...}, "attack": {...}, ...}."""
+    detector: bool = False
+    """Whether the defence changes no answer and only says which inputs look attacked."""
     declared: dict[str, int] = Field(default_factory=dict)
     """What the attack may spend on one sample: steps (gradients, all restarts) and queries."""
     guard: DefenseFacts | None = None

@@ -3,6 +3,8 @@
 - ``manifest.json``: what was asked for, with what; its presence makes the folder a run.
 - ``scenario.yaml``: the scenario as the user wrote it.
 - ``ledger.jsonl``: the trials, see `reports.ledger`.
+- ``calibration.json``, ``calibration/ab….safetensors``: scores of detectors on clean samples that
+  are not tested, and what they learnt; in runs with detectors.
 - ``images/ab/ab….png``: images by the SHA-256 of their bytes.
 - ``summary.json``, ``summary.md``, ``report.html``: made from these by `reports.build_reports`.
 """
@@ -21,9 +23,10 @@ from pydantic import ValidationError
 from reports.errors import ResumeMismatch, StoreError
 from reports.files import FileLock, explained, write_atomically, write_json, write_text
 from reports.ledger import Key, Ledger
-from reports.records import Manifest, Trial
+from reports.records import Calibration, Manifest, Trial
 
 MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.jsonl", "images"
+CALIBRATION, STATES = "calibration.json", "calibration"
 SUMMARY, MARKDOWN, REPORT = "summary.json", "summary.md", "report.html"
 _LOCK = ".lock"
 _MISSING = "(absent)"
@@ -184,6 +187,64 @@ class RunStore:
         if hashlib.sha256(data).hexdigest() != name:
             raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
         return data
+
+    def calibrations(self) -> list[Calibration]:
+        """What detectors were calibrated with so far; empty without any.
+
+        Raises:
+            StoreError: if the file cannot be read.
+        """
+        path = self.folder / CALIBRATION
+        if not path.exists():
+            return []
+        with explained("read", path):
+            text = path.read_text(encoding="utf-8")
+        try:
+            return [Calibration.model_validate(one) for one in json.loads(text)["detectors"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path} cannot be read: {error}; it was changed by hand or written by another "
+                "version of redteam"
+            ) from error
+
+    def save_calibration(self, found: Calibration, state: bytes | None) -> Calibration:
+        """Keep a calibration for good: a resumed run uses it as it is.
+
+        Args:
+            found: without the hash of its state.
+            state: what the detector learnt; None if it learns nothing.
+
+        Returns:
+            It, with that hash.
+
+        Raises:
+            StoreError: if the disk refuses, or the run was opened for reading only.
+        """
+        self._writable()
+        if state is not None:
+            name = hashlib.sha256(state).hexdigest()
+            write_atomically(self._state_path(name), state)
+            found = found.model_copy(update={"state": name})
+        every = [*self.calibrations(), found]
+        data = {"schema": 1, "detectors": [one.model_dump(mode="json") for one in every]}
+        write_json(self.folder / CALIBRATION, data)
+        return found
+
+    def state(self, name: str) -> bytes:
+        """What a detector learnt, by its content hash.
+
+        Raises:
+            StoreError: if it is missing or is no longer what was stored.
+        """
+        path = self._state_path(name)
+        with explained("read", path):
+            data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != name:
+            raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
+        return data
+
+    def _state_path(self, name: str) -> Path:
+        return self.folder / STATES / f"{name}.safetensors"
 
     def scenario_text(self) -> str:
         """The scenario as the user wrote it, "" if it was not stored."""

@@ -104,6 +104,7 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
         )
     found += marks.notes(summary)
     found += _checks(summary["checks"], {cell["id"]: cell["attack"] for cell in cells})
+    found += summary.get("detectors", {}).get("notes", [])
     small = [cell["n"] for cell in cells if 0 < cell["n"] < 30]
     if small:
         found.append(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redteam.adaptive import adapt
 from redteam.batching import Batcher, Failure
 from redteam.batching import failure as failure_of
-from redteam.datasets.base import Samples, is_correct
-from redteam.datasets.closed import closed_answers
+from redteam.calibrating import Calibrator, Watched, batch_of, watch
+from redteam.datasets.base import Samples
 from redteam.datasets.filters import Filter, without
 from redteam.errors import PlanError
 from redteam.evaluation import Asker, Replies, Reply, Shot, good
@@ -20,14 +19,14 @@ from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method
 from redteam.screening import screen
-from redteam.trials import Attacked, Swapped, changed, measured, unmeasured
+from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_scores
 from reports.records import Effort, Trial
 from reports.store import RunStore
-from targets.base import Batch
 from targets.errors import TargetError
 
 if TYPE_CHECKING:
     from attacks.base import Attack
+    from defenses.detector import Detector
     from targets.base import ImageView
     from targets.compression.base import Compressor
     from targets.decoding import Decoding
@@ -57,6 +56,7 @@ class _Block:
     number: int
     shots: dict[int, Shot | Failure]
     clean: dict[tuple[str, str], Replies] = field(default_factory=dict)
+    watched: dict[tuple[str, str], dict[int, Watched | Failure]] = field(default_factory=dict)
 
 
 class LocalEngine:
@@ -70,6 +70,7 @@ class LocalEngine:
         samples: the opened data set.
         device: ``auto``, ``cpu``, ``cuda`` …
         warn: told what the user should know, once each.
+        calibration: clean samples for detectors, none of them tested; None without detectors.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LocalEngine:
         samples: Samples,
         device: str,
         warn: Callable[[str], None] = lambda message: None,
+        calibration: Samples | None = None,
     ) -> None:
         from targets.loading import resolve_device
 
@@ -86,6 +88,7 @@ class LocalEngine:
             self.device = str(resolve_device(device))
         except TargetError as error:
             raise PlanError(f"engine.device: {error}") from error
+        self._calibrator = Calibrator(plan.scenario, calibration, warn)
         self._batcher = Batcher(plan.scenario.engine.batch_size, warn)
         self._asker: Asker | None = None
         self._loaded = ""
@@ -119,6 +122,7 @@ class LocalEngine:
             **({"surrogates": others} if others else {}),
             **({"hardened": hardened} if hardened else {}),
             "data": self._samples.identity,
+            **({"calibration": found} if (found := self._calibrator.identity) else {}),
             "device": self.device.partition(":")[0],
         }
 
@@ -174,8 +178,34 @@ class LocalEngine:
                 all_tokens,
                 compressed[key],
             ]
-            trials += self._trials(asker, unit, planned, attacked, replies)
+            scores = None
+            if asker.guard(defense).detector is not None:
+                scores = self._watched(asker, block, planned, shots, store)
+            trials += self._trials(asker, unit, planned, attacked, replies, scores)
         return trials
+
+    def _watched(
+        self,
+        asker: Asker,
+        block: _Block,
+        planned: PlannedCell,
+        shots: Mapping[int, Shot],
+        store: RunStore,
+    ) -> list[dict[int, Watched | Failure]]:
+        """How suspicious a detector finds clean and attacked pictures."""
+        compression, defense = planned.compression, planned.defense
+        target = next(
+            one for one in self._plan.scenario.targets if one.label == planned.cell.target
+        )
+        watching = self._calibrator.watching(asker, target, compression, defense, store)
+        key = (compression.label, defense.label)
+        if key not in block.watched:
+            where = f"clean, watched by {defense.label}"
+            some = good(block.shots)
+            block.watched[key] = watch(asker, watching, compression, defense, some, where)
+        where = f"attacked, watched by {defense.label}"
+        hit = watch(asker, watching, compression, defense, shots, where)
+        return [block.watched[key], hit]
 
     @staticmethod
     def _compressed(
@@ -235,9 +265,21 @@ class LocalEngine:
                     plain = protected is asker.instance(compression) and hardened is model
                     if guard.decoding is not None or not plain:
                         self._answer_once(hardened, protected, guard.decoding)
+                    if guard.detector is not None:
+                        self._observe_once(model, protected, guard.detector)
                 except (TargetError, DefenseError) as error:
                     message = f"does not fit {compression.label} on {target.label!r}: {error}"
                     raise PlanError(str(defense.problem(message))) from error
+
+    @staticmethod
+    def _observe_once(model: LVLM, compressor: Compressor, detector: Detector) -> None:
+        import torch
+
+        from defenses.detector import Traffic
+
+        picture = torch.full((1, 3, *model.image_size), 0.5, device=model.device)
+        with torch.no_grad():
+            detector.observe(Traffic(model, compressor, picture, ("what is this ?",), (0,), (0,)))
 
     @staticmethod
     def _answer_once(model: LVLM, compressor: Compressor, decoding: Decoding | None = None) -> None:
@@ -334,14 +376,7 @@ class LocalEngine:
         """Run the attack of a group on pictures of one size."""
         attack, view = self._means(asker, group)
         samples = [shot.sample for shot in shots]
-        batch = Batch(
-            ids=tuple(sample.id for sample in samples),
-            images=asker.images(shots),
-            questions=tuple(sample.question for sample in samples),
-            answers=tuple(sample.answer for sample in samples),
-            options=tuple(map(closed_answers, samples)),
-            judges=tuple(partial(is_correct, sample=sample) for sample in samples),
-        )
+        batch = batch_of(samples, asker.images(shots))
         seeds = [seed_of(self._plan.scenario.seed, group.id, one.id) for one in samples]
         started = time.perf_counter()
         result = attack(view, batch, group.epsilon, seeds)
@@ -415,6 +450,7 @@ class LocalEngine:
         planned: PlannedCell,
         attacked: Mapping[int, Attacked | Failure],
         replies: Sequence[Replies],
+        scores: Sequence[Mapping[int, Watched | Failure]] | None = None,
     ) -> list[Trial]:
         """One trial for each sample of the unit in one cell."""
         shared = len(unit.group.cells)
@@ -423,7 +459,8 @@ class LocalEngine:
         for index in unit.samples:
             image = attacked[index]
             four = [one[index] for one in replies if index in one]
-            wrong = [part for part in (image, *four) if isinstance(part, Failure)]
+            seen = [one[index] for one in scores or () if index in one]
+            wrong = [part for part in (image, *four, *seen) if isinstance(part, Failure)]
             if wrong or isinstance(image, Failure):
                 failed[index] = wrong[0]
             else:
@@ -439,9 +476,11 @@ class LocalEngine:
             one, replied = ready[index]
             evidence = asker.evidence(one.clean)
             places = asker.places(one.clean)
-            trials.append(
-                measured(planned.cell, one, replied, swap, places, evidence, shared, deployed)
+            trial = measured(
+                planned.cell, one, replied, swap, places, evidence, shared, deployed
             )
+            seen = [found[index] for found in scores or ()]
+            trials.append(with_scores(trial, [one for one in seen if isinstance(one, Watched)]))
         return trials
 
     def _unmeasured(

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import availability, defended, taxonomy, text, transfer
+from reports import availability, defended, detection, taxonomy, text, transfer
 from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
 from reports.html import charts, svg
@@ -94,6 +94,9 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         defenses_caption=defended.CAPTION,
         defenses_meaning=MEANING,
         verified=VERIFIED,
+        detectors=detection.table(summary),
+        detectors_caption=detection.CAPTION,
+        monitors=[one for one in summary.get("detectors", {}).get("cells", []) if one["curve"]],
         groups=charts.grouped(cells),
         several_targets=len({cell["target"] for cell in cells}) > 1,
         tested=list(_tested(manifest)),

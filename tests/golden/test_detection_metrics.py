@@ -27,7 +27,7 @@ def slow_aupr(negative: list[float], positive: list[float]) -> float:
 
 
 def drawn(seed: int, ties: bool) -> tuple[list[float], list[float]]:
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     negative = [rng.gauss(0, 1) for _ in range(rng.randint(1, 40))]
     positive = [rng.gauss(0.7, 1.5) for _ in range(rng.randint(1, 40))]
     if ties:
@@ -66,7 +66,7 @@ def test_hand_made() -> None:
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
 @pytest.mark.parametrize("count", [1, 19, 20, 21, 100, 400])
 def test_thresholds_keep_the_rate_and_are_the_least_that_do(rate: float, count: int) -> None:
-    rng = random.Random(count)
+    rng = random.Random(count)  # noqa: S311
     clean = [round(rng.gauss(0, 1), 1) for _ in range(count)]
     limit = threshold(clean, rate)
     assert limit is not None
@@ -92,7 +92,8 @@ def test_intervals_hold_the_value_and_pair_pictures() -> None:
     area, precision = areas(negative, positive, (names, names), seed=1, draws=500)
     for one, value in ((area, auroc(negative, positive)), (precision, aupr(negative, positive))):
         assert one.value == pytest.approx(value)
-        assert one.low is not None and one.high is not None
+        assert one.low is not None
+        assert one.high is not None
         assert 0 <= one.low < one.value < one.high <= 1
     again, _ = areas(negative, positive, (names, names), seed=1, draws=500)
     assert again == area
@@ -103,12 +104,13 @@ def test_perfect_separation_still_has_a_width() -> None:
     names = [f"i{index}" for index in range(10)]
     area, _ = areas([0.0] * 10, [1.0] * 10, (names, names), seed=0, draws=200)
     assert area.value == area.high == 1
-    assert area.low is not None and area.low < 0.8
+    assert area.low is not None
+    assert area.low < 0.8
 
 
 def test_the_bootstrap_resamples_pictures() -> None:
     """Against a slow one that draws pictures with replacement."""
-    rng, count = random.Random(5), 60
+    rng, count = random.Random(5), 60  # noqa: S311
     negative = [rng.gauss(0, 1) for _ in range(count)]
     positive = [rng.gauss(0.3, 1) for _ in range(count)]
     names = [f"i{index}" for index in range(count)]

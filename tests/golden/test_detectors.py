@@ -209,7 +209,7 @@ def test_mahalanobis_chooses_and_refuses_dimensions() -> None:
     assert len(Mahalanobis(dimensions=3).fit({"patch": flat}, {}, {})["patch.variances"]) == 1
     with pytest.raises(DefenseError, match="30 clean samples of width 5 do not fit 6 dimensions"):
         Mahalanobis(dimensions=6).fit({"patch": flat}, {}, {})
-    with pytest.raises(DefenseError, match="raise calibration.samples"):
+    with pytest.raises(DefenseError, match=r"raise calibration\.samples"):
         Mahalanobis().fit({"patch": flat[:2]}, {}, {})
     with pytest.raises(DefenseError, match="are the same"):
         Mahalanobis().fit({"patch": torch.ones(30, 5).double()}, {}, {})
