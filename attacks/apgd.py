@@ -65,6 +65,7 @@ class APGD(Attack):
     """
 
     name: ClassVar[str] = "apgd"
+    takes_penalty: ClassVar[bool] = True
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
     path: Literal["full", "compressed", "both"] = "full"

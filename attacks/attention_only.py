@@ -38,6 +38,7 @@ class AttentionOnly(EncoderAttack):
     """
 
     name: ClassVar[str] = "attention_only"
+    takes_penalty: ClassVar[bool] = True
 
     top: Annotated[int, Ge(1)] | None = None
     random_start: bool = True

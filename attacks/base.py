@@ -47,6 +47,8 @@ class Proposal:
         made_by: of an attack made of others, what made each sample's image; empty for the rest.
         checks: of an attack made of others, the self-checks of what made each sample's image, in
             place of those of `loss` and `gradient`.
+        forwards: passes of one picture through a model, per sample, that went through no view.
+        backwards: gradients taken through these.
     """
 
     images: Tensor
@@ -56,6 +58,8 @@ class Proposal:
     notes: tuple[str, ...] = ()
     made_by: tuple[str, ...] = ()
     checks: tuple[tuple[str, ...], ...] | None = None
+    forwards: int = 0
+    backwards: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,9 @@ class Attack(ABC):
     knowledge: ClassVar[Knowledge]
     sometimes_idle: ClassVar[bool] = False
     """Whether there are compressors it cannot do anything about; `idle` then says which."""
+    takes_penalty: ClassVar[bool] = False
+    """Whether it descends with `attacks.descent.evaluate`, which adds `Batch.penalty`, so that it
+    can be made to evade a detector as well (`attacks.evade`)."""
     undecoded: ClassVar[bool] = False
     """Whether it looks at the model's own distributions, which no decoding method changes."""
 
@@ -316,8 +323,8 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
         linf=linf,
         l2=l2,
         checks=checks,
-        forwards=math.ceil(meter.forwards / max(count, 1)),
-        backwards=math.ceil(meter.backwards / max(count, 1)),
+        forwards=math.ceil(meter.forwards / max(count, 1)) + proposal.forwards,
+        backwards=math.ceil(meter.backwards / max(count, 1)) + proposal.backwards,
         notes=proposal.notes,
         queries=math.ceil(meter.queries / max(count, 1)),
         base=base,

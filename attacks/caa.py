@@ -99,6 +99,7 @@ class CAA(Attack):
     """
 
     name: ClassVar[str] = "caa"
+    takes_penalty: ClassVar[bool] = True
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
     preset: Literal["paper", "strict_preserve"] = "paper"

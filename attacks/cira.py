@@ -77,6 +77,7 @@ class CIRA(EncoderAttack):
     """
 
     name: ClassVar[str] = "cira"
+    takes_penalty: ClassVar[bool] = True
 
     gsh_weight: Annotated[float, Ge(0)] = 1.0
     hep_weight: Annotated[float, Ge(0)] = 0.8

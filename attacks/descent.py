@@ -217,6 +217,8 @@ def evaluate(
     images = images.detach().requires_grad_(not last)
     with torch.set_grad_enabled(not last):
         loss = objective(images, step)
+        if batch.penalty is not None:
+            loss = loss + batch.penalty(images).to(loss)
         gradient = torch.zeros_like(images) if last else _gradient(loss, images, step)
     loss, images = loss.detach().float(), images.detach()
     _refuse_not_finite(batch, loss, gradient, step)

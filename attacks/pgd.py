@@ -56,6 +56,7 @@ class PGD(Attack):
     """
 
     name: ClassVar[str] = "pgd"
+    takes_penalty: ClassVar[bool] = True
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
 
     path: Literal["full", "compressed", "both"] = "full"

@@ -144,6 +144,16 @@ class Detector(Defense):
             state: by `fit`.
         """
 
+    @property
+    def passes(self) -> int:
+        """Passes of one picture through a model, or its tower, that a score takes here."""
+        return 1
+
+    @property
+    def watchful(self) -> Detector:
+        """The form an attacker has to reckon with: one that watches every request."""
+        return self
+
     @abstractmethod
     def cost(self, full: float) -> Cost:
         """What it costs.

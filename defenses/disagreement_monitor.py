@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -95,8 +95,18 @@ class DisagreementMonitor(Detector):
         signal = seen["signal"]
         return torch.where(signal > FAINT, signal, 0 * signal)
 
+    @property
+    def passes(self) -> int:
+        """Both paths."""
+        return 2
+
+    @property
+    def watchful(self) -> DisagreementMonitor:
+        """With all traffic watched."""
+        return replace(self, share=1.0)
+
     def cost(self, full: float) -> Cost:
-        """P · C_full / C_K, and the tower again: ``answer`` also generates, which is not counted."""
+        """P · C_full / C_K and the tower; what is generated is not counted."""
         return Cost(language=self.share * full, tower=self.share)
 
 

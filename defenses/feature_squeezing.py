@@ -88,11 +88,15 @@ class FeatureSqueezing(Detector):
         del state
         return seen["distance"].amax(1)
 
+    @property
+    def passes(self) -> int:
+        """The picture and its squeezed forms."""
+        return 1 + sum(one is not None for one in (self.bit_depth, self.window, self.search))
+
     def cost(self, full: float) -> Cost:
         """A compressed pass for each squeezer; the picture's own is that of its answer."""
         del full
-        count = float(sum(one is not None for one in (self.bit_depth, self.window, self.search)))
-        return Cost(language=count, tower=count)
+        return Cost(language=float(self.passes - 1), tower=float(self.passes - 1))
 
 
 def median(images: Tensor, window: int) -> Tensor:

@@ -104,6 +104,11 @@ class RankVolatility(Detector):
         del state
         return seen["volatility"]
 
+    @property
+    def passes(self) -> int:
+        """The picture and its views."""
+        return 1 + self._consensus.looks
+
     def cost(self, full: float) -> Cost:
         """Passes of the tower; where a compressor ranks in the model, its first layers are more."""
         del full

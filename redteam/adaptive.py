@@ -55,8 +55,16 @@ def adapt(attack: Method, defense: Method, own: Attack | None = None) -> Adapted
     if special is not None:
         return Adapted(special, through=False)
     from defenses.adaptive import passes_of
+    from defenses.guard import Guard
 
-    return Adapted(made, through=True, passes=passes_of(defense.create(), attack.draws))
+    guarding = defense.create()
+    detector = Guard.of(guarding).detector
+    if detector is not None:
+        from attacks.evade import Evade
+
+        draws = attack.draws if detector.draws else 1
+        return Adapted(Evade(inner=made, draws=draws, passes=detector.passes), through=False)
+    return Adapted(made, through=True, passes=passes_of(guarding, attack.draws))
 
 
 def obstacle(attack: Method, defense: Method) -> str | None:
@@ -76,7 +84,9 @@ def obstacle(attack: Method, defense: Method) -> str | None:
 
     guard = Guard.of(guarding)
     if guard.detector is not None:
-        return "this version has no attack that evades a detector"
+        if made.takes_penalty:
+            return None
+        return "it descends on no loss that the detector's score could be added to"
     return _out_of_sight(made, guard) or _undecoded(made, guard)
 
 

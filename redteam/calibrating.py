@@ -24,7 +24,7 @@ from redteam.evaluation import Asker, Shot, good
 from redteam.pictures import to_pixels
 from redteam.plan import seed_of
 from redteam.scenario import Method, Scenario
-from reports.detection import key_of
+from reports.detection import key_of, threshold
 from reports.records import Calibration
 from reports.store import RunStore
 from targets.base import Batch
@@ -228,6 +228,44 @@ def watch(
         return [Watched(value, seconds) for value in found]
 
     return asker.each(shots, score, where)
+
+
+AIM: Final = 0.05
+"""False-positive rate of the threshold that an adaptive attack stays under; under it, it stays
+under that of any lower rate too."""
+
+
+def evading(asker: Asker, watching: Watching, compression: Method, attack: Attack) -> Attack:
+    """An attack (`attacks.evade`) on a detector, given all that is to be known of it.
+
+    Args:
+        asker: of the target.
+        watching: the detector, calibrated.
+        compression: that it watches.
+        attack: planned, without a detector yet.
+
+    Raises:
+        PlanError: if the detector has no threshold.
+    """
+    import numpy as np
+
+    from attacks.evade import Evade
+    from defenses.detector import Traffic
+    from defenses.selection import drawn
+
+    limit = threshold(watching.record.scores, AIM)
+    if limit is None or not isinstance(attack, Evade):
+        raise PlanError(f"{watching.record.detector} has no threshold that could be evaded")
+    detector, compressor = watching.detector.watchful, asker.instance(compression)
+
+    def suspicion(images: Tensor, questions: tuple[str, ...], draw: int) -> Tensor:
+        seeds = (drawn("evade", draw),) * len(images)
+        traffic = Traffic(asker.model, compressor, images, questions, seeds, relax=True)
+        return detector.score(traffic, watching.state)
+
+    spread = float(np.std(watching.record.scores))
+    scale = max(spread, abs(limit) * 1e-3, 1e-6)
+    return replace(attack, suspicion=suspicion, limit=limit, scale=scale, margin=0.1 * scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,18 @@ class Withheld(tuple[Any, ...]):
         raise KnowledgeError(self.message)
 
 
+class Penalty(Protocol):
+    """A term of an attack's loss that is not its own: how much else an image gives away, live."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``[B]`` of images ``[B, 3, H, W]``, ≥ 0."""
+        ...
+
+    def rows(self, indices: Sequence[int]) -> Penalty:
+        """Of some of the samples."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Samples an attack works on together. All tuples have length B.
@@ -137,6 +149,7 @@ class Batch:
             tuple for an open question. None: all are open.
         judges: whether a text is a right answer, one for each sample. None: a text is right if it
             is the correct answer but for case and surrounding space.
+        penalty: added to the loss an attack descends on; None adds nothing.
     """
 
     ids: tuple[str, ...]
@@ -145,6 +158,7 @@ class Batch:
     answers: tuple[str, ...]
     options: tuple[tuple[str, ...], ...] | None = None
     judges: tuple[Callable[[str], bool], ...] | None = None
+    penalty: Penalty | None = None
 
     def right(self, texts: Sequence[str]) -> list[bool]:
         """Whether each of B answers is right."""
@@ -163,6 +177,7 @@ class Batch:
             answers=_rows(self.answers, indices),
             options=None if options is None else _rows(options, indices),
             judges=None if judges is None else _rows(judges, indices),
+            penalty=None if self.penalty is None else self.penalty.rows(indices),
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from redteam.adaptive import adapt
 from redteam.batching import Batcher, Failure
 from redteam.batching import failure as failure_of
-from redteam.calibrating import Calibrator, Watched, batch_of, watch
+from redteam.calibrating import Calibrator, Watched, batch_of, evading, watch
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import Filter, without
 from redteam.errors import PlanError
@@ -338,7 +338,7 @@ class LocalEngine:
         }
 
         def run(indices: Sequence[int]) -> list[_Made]:
-            return self._propose(asker, group, [shots[index] for index in indices])
+            return self._propose(asker, group, [shots[index] for index in indices], store)
 
         for index, made in asker.each(shots, run, f"attack {group.attack.label}").items():
             if isinstance(made, Failure):
@@ -346,7 +346,7 @@ class LocalEngine:
             else:
                 found[index] = _attacked(made, shots[index], store)
         if block.number == 0:
-            self._repeat(asker, group, shots, found)
+            self._repeat(asker, group, shots, found, store)
         if group.surrogates and len(self._plan.scenario.targets) > 1:
             self._transferred[key] = found  # the same images attack every target
         return found
@@ -357,13 +357,14 @@ class LocalEngine:
         group: ImageGroup,
         shots: Mapping[int, Shot],
         found: dict[int, Attacked | Failure],
+        store: RunStore,
     ) -> None:
         """Run the attack twice on the first samples, in equal batches, and note what differs."""
         chosen = list(good(found))[: self._plan.scenario.checks.repeat]
         some = {index: shots[index] for index in chosen}
 
         def run(indices: Sequence[int]) -> list[_Made]:
-            return self._propose(asker, group, [some[index] for index in indices])
+            return self._propose(asker, group, [some[index] for index in indices], store)
 
         where = f"attack {group.attack.label}, repeated"
         first, second = asker.each(some, run, where), asker.each(some, run, where)
@@ -372,9 +373,11 @@ class LocalEngine:
             if message and isinstance(one, Attacked):
                 found[index] = replace(one, checks=(*one.checks, message))
 
-    def _propose(self, asker: Asker, group: ImageGroup, shots: Sequence[Shot]) -> list[_Made]:
+    def _propose(
+        self, asker: Asker, group: ImageGroup, shots: Sequence[Shot], store: RunStore
+    ) -> list[_Made]:
         """Run the attack of a group on pictures of one size."""
-        attack, view = self._means(asker, group)
+        attack, view = self._means(asker, group, store)
         samples = [shot.sample for shot in shots]
         batch = batch_of(samples, asker.images(shots))
         seeds = [seed_of(self._plan.scenario.seed, group.id, one.id) for one in samples]
@@ -404,7 +407,14 @@ class LocalEngine:
             )
         ]
 
-    def _means(self, asker: Asker, group: ImageGroup) -> tuple[Attack, Any]:
+    def _evading(self, asker: Asker, group: ImageGroup, attack: Attack, store: RunStore) -> Attack:
+        """An attack on a detector with what that has learnt, and the threshold to stay under."""
+        if group.known is None or group.defense is None:
+            raise PlanError(f"{group.attack.label} evades a detector of a compression it must know")
+        watching = self._calibrator.watching(asker, group.target, group.known, group.defense, store)
+        return evading(asker, watching, group.known, attack)
+
+    def _means(self, asker: Asker, group: ImageGroup, store: RunStore) -> tuple[Attack, Any]:
         """The attack of a group in the form it is run, and what it may use."""
         from targets.views import OtherModels
 
@@ -415,6 +425,8 @@ class LocalEngine:
         adapted = None if group.defense is None else adapt(group.attack, group.defense, attack)
         if adapted is not None:
             attack = adapted.attack
+        if group.defense is not None and asker.guard(group.defense).detector is not None:
+            attack = self._evading(asker, group, attack, store)
         known = None if group.known is None else asker.instance(group.known)
         through = adapted is not None and group.defense is not None and adapted.through
         model = asker.defended(group.defense) if through and group.defense else asker.model

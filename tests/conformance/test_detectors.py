@@ -133,9 +133,7 @@ def test_equal_paths_are_never_flagged(signal: Any, target: LVLM) -> None:
         assert bool((detector.score(requests, {}) > 0).any()) or signal in ("answer", "gap")
 
 
-def test_what_is_not_sampled_costs_nothing(
-    target: LVLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_sampled_costs_nothing(target: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     images, compressor = tiny.pictures(COUNT, seed=5), FastV(layer=1, keep_tokens=2)
     assert DisagreementMonitor(share=0).cost(3.0).language == 0
     assert DisagreementMonitor(share=0.25).cost(4.0).language == 1
@@ -187,7 +185,7 @@ def test_other_picture_sizes(target: LVLM) -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(DefenseError, match="disagreement_monitor: share is 1.5"):
+    with pytest.raises(DefenseError, match=r"disagreement_monitor: share is 1\.5"):
         DisagreementMonitor(share=1.5)
     with pytest.raises(DefenseError, match="search is 4; allowed is an odd side"):
         FeatureSqueezing(search=4)
