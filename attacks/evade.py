@@ -84,15 +84,14 @@ class Evade(Attack):
 
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Search for the weight; keep the best image of each sample."""
-        if self.suspicion is None:
-            raise AttackError("attack evade: the detector it is to evade is not calibrated yet")
         search = _Search(batch.images)
         forwards = backwards = 0
         notes: tuple[str, ...] = ()
         for number in range(self.rounds):
             penalty = _Hinge(self, batch.questions, search.weight)
             given = replace(batch, penalty=penalty if number else None)
-            found = self.inner.propose(view, given, budget, rng.child(f"weight {number}"))
+            made = self.inner.propose(view, given, budget, rng.child(f"weight {number}"))
+            found = made if isinstance(made, Proposal) else Proposal(made)
             if number and budget.steps and not penalty.asked[0]:
                 raise AttackError(
                     f"attack {self.inner.name} never looked at its penalty, so it evades nothing"
@@ -110,6 +109,8 @@ class Evade(Attack):
 
     def _mean(self, images: Tensor, questions: tuple[str, ...]) -> Tensor:
         """The score, mean over draws."""
+        if self.suspicion is None:
+            raise AttackError("attack evade: the detector it is to evade is not calibrated yet")
         drawn = [self.suspicion(images, questions, draw) for draw in range(self.draws)]
         return torch.stack(drawn).mean(0)
 
