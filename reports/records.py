@@ -150,6 +150,8 @@ class Pipelines(_Record):
     """Of what gave the answers through compression."""
     attacked: str = ""
     """Of what the attack took its gradients or answers from; "" where the defence was not in it."""
+
+
 class Detection(_Record):
     """How suspicious a detector finds the two pictures; higher is more, on its own scale."""
 

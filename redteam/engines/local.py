@@ -488,9 +488,7 @@ class LocalEngine:
             one, replied = ready[index]
             evidence = asker.evidence(one.clean)
             places = asker.places(one.clean)
-            trial = measured(
-                planned.cell, one, replied, swap, places, evidence, shared, deployed
-            )
+            trial = measured(planned.cell, one, replied, swap, places, evidence, shared, deployed)
             seen = [found[index] for found in scores or ()]
             trials.append(with_scores(trial, [one for one in seen if isinstance(one, Watched)]))
         return trials
