@@ -12,6 +12,8 @@ from torch import Tensor
 
 from defenses.base import AdaptiveRoute
 from defenses.detector import Cost, Detector, Observation, State, Traffic, first_logprobs
+from targets.base import Continuation
+from targets.compression.session import compress
 
 FAINT = 1e-6
 """Nats below which two paths are equal: what is left is rounding."""
@@ -70,24 +72,25 @@ class DisagreementMonitor(Detector):
 
     def _of_answers(self, traffic: Traffic) -> Tensor:
         """Whether the greedy answers differ, or the gap of what the compressed path says."""
-        passes, using = traffic.model.passes, traffic.compressor
-        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.signal == "gap":
+            said = spoken(traffic, self.max_new_tokens)
+            found = traffic.model.passes.generation(traffic.images, traffic.questions, said)
+            return answer_gap(found.logprobs, said.ids, said.real)
         with torch.no_grad():
-            said = traffic.model.answer(
-                traffic.images, traffic.questions, compressor=using, seeds=traffic.draws, **how
-            )
-            if self.signal == "answer":
-                full = traffic.model.answer(traffic.images, traffic.questions, **how)
-                pairs = zip(full.texts, said.texts, strict=True)
-                hard = traffic.images.new_tensor([float(a != b) for a, b in pairs])
-        if self.signal == "answer":
-            if not torch.is_grad_enabled():
-                return hard
-            both = (first_logprobs(traffic, compressed=way) for way in (False, True))
-            soft = jsd(*both) / math.log(2)  # backward it stands for the mismatch
-            return hard + (soft - soft.detach())
-        logprobs, talk = passes.answer_logprobs(traffic.images, traffic.questions, said.texts)
-        return answer_gap(logprobs, talk.targets, talk.real)
+            hard = traffic.images.new_tensor([float(one) for one in self._differ(traffic)])
+        if not torch.is_grad_enabled():
+            return hard
+        full, compressed = (first_logprobs(traffic, compressed=way) for way in (False, True))
+        soft = jsd(full, compressed) / math.log(2)  # backward it stands for the mismatch
+        return hard + (soft - soft.detach())
+
+    def _differ(self, traffic: Traffic) -> list[bool]:
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        images, questions = traffic.images, traffic.questions
+        full = traffic.model.answer(images, questions, **how)
+        how |= {"compressor": traffic.compressor, "seeds": traffic.draws}
+        compressed = traffic.model.answer(images, questions, **how)
+        return [a != b for a, b in zip(full.texts, compressed.texts, strict=True)]
 
     def judge(self, seen: Observation, state: State) -> Tensor:
         """The signal as it is, 0 where it is rounding: equal paths are never flagged."""
@@ -122,6 +125,25 @@ def jsd(first: Tensor, second: Tensor) -> Tensor:
     """Jensen–Shannon divergence of log-probabilities ``[B, n]``, in nats in [0, ln 2], ``[B]``."""
     middle = torch.logaddexp(first.double(), second.double()) - math.log(2)
     return (divergence(first, middle) + divergence(second, middle)) / 2
+
+
+@torch.no_grad()
+def spoken(traffic: Traffic, length: int) -> Continuation:
+    """The tokens the compressed path says greedily, at most so many.
+
+    Token by token: an answer that was cut off has no end token, and a text may be spelt in other
+    tokens than were said.
+    """
+    passes, using = traffic.model.passes, traffic.compressor
+    images, questions = traffic.images, traffic.questions
+    if using is None:
+        return passes.continuation(images, questions, length)
+    using = passes.ready(images, questions, using, traffic.draws)
+    family = passes.family
+    session = compress(family.model, using, family=family, seeds=traffic.draws)
+    ids = passes.generate(images, questions, session, length, using)
+    holder = (ids == family.image_token_id).long()
+    return Continuation(ids, passes.until_end(ids) & (holder.cumsum(1) - holder == 0))
 
 
 def answer_gap(logprobs: Tensor, targets: Tensor, real: Tensor) -> Tensor:

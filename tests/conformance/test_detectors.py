@@ -187,6 +187,8 @@ def test_other_picture_sizes(target: LVLM) -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(DefenseError, match=r"disagreement_monitor: share is 1\.5"):
         DisagreementMonitor(share=1.5)
+    with pytest.raises(DefenseError, match="feature_squeezing: bit_depth is 9"):
+        FeatureSqueezing(bit_depth=9)
     with pytest.raises(DefenseError, match="search is 4; allowed is an odd side"):
         FeatureSqueezing(search=4)
     with pytest.raises(DefenseError, match="are all null"):
