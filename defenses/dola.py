@@ -63,9 +63,9 @@ class DoLa(DecodingDefense):
 
     def logits(self, step: Step) -> Tensor:
         """Contrasted with the premature layer."""
-        if not self.weight or not step.hidden:
+        if not self.weight or not step.early:
             return step.logits
-        early = torch.stack([step.head(hidden) for hidden in step.hidden.values()])
+        early = torch.stack(list(step.early.values()))
         premature = most_divergent(step.logits, early)
         final = step.logits.log_softmax(-1)
         score = final - self.weight * premature.log_softmax(-1)

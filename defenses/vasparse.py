@@ -157,7 +157,7 @@ class VASparse(DecodingDefense):
             return step.logits
         if self._masks:
             return contrasted(step.logits, self._blind(step), self.alpha, self.cutoff)
-        phi = step.head(next(iter(step.hidden.values())))
+        phi = next(iter(step.early.values()))
         if self.variant == "paper":
             return contrasted(step.logits, phi, self.alpha, self.cutoff)
         final = step.logits.log_softmax(-1)

@@ -299,9 +299,9 @@ class Attending:
     ) -> Tensor:
         if layer not in self.known:
             self.known[layer] = self.look(layer)
-        original = _kernel_of(module, self._before[layer]._attn_implementation)
 
         def kernel(own: Tensor | None) -> Tensor:
+            original = _kernel_of(module, self._before[layer]._attn_implementation)
             found: Tensor = original(module, query, key, value, own, scaling=scaling, **kwargs)[0]
             return found
 

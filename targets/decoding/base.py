@@ -53,6 +53,7 @@ class Step:
         first: place of the first of the R tokens in the answer, from 0.
         hidden: by depth, ``[B, R, D]``; 0 is what enters the language model, d what its d-th layer
             gives.
+        early: logits of these, as `head` makes them.
         entered: ``[B, n, D]`` the prompt as it entered the language model, compressed.
         visual: bool ``[B, n]``, which columns of `entered` are visual tokens.
         head: from hidden states to logits, at least float32, as the model makes them.
@@ -63,6 +64,7 @@ class Step:
     views: tuple[Tensor, ...]
     first: int
     hidden: dict[int, Tensor]
+    early: dict[int, Tensor]
     entered: Tensor | None
     visual: Tensor | None
     head: Callable[[Tensor], Tensor]

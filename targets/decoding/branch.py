@@ -79,9 +79,9 @@ class Branch:
 
     def start(self) -> Reading:
         """Prefill; what is said of the first answer token."""
-        from transformers import DynamicCache
+        from targets.decoding.cache import growing
 
-        self._cache = DynamicCache(config=self.family.model.config)
+        self._cache = growing(self.family.model.config)
         found = self._read(lambda: self._run(self._cache, 0), 1, 0)
         self._state = self.family.prompt_state()
         length = self._mask.shape[1]
@@ -126,23 +126,36 @@ class Branch:
     def mark(self) -> Callable[[], None]:
         """Remember where all rows stand; what it returns goes back there, as often as called.
 
-        Nothing is copied: tokens said later make new tensors of keys and values.
+        Nothing is copied here: the next token said makes new tensors of keys and values.
         """
+        from targets.decoding.cache import apart
+
         backs: list[Callable[[], None]] = []
         if self.session is not None:
             backs.append(self.session.mark())
         if self._attending is not None:
             backs.append(self._attending.mark())
-        cache, mask, last = _again(self._cache), self._mask, self._last
+        cache, mask, last = apart(self._cache), self._mask, self._last
         entered, visual = self.entered, self.visual
 
         def back() -> None:
-            self._cache, self._mask, self._last = _again(cache), mask, last
+            self._cache, self._mask, self._last = apart(cache), mask, last
             self.entered, self.visual = entered, visual
             for one in backs:
                 one()
 
         return back
+
+    def exchange(self, rows: Tensor) -> None:
+        """Reorder rows, long ``[B]``, each to the place of one of its own sample.
+
+        These differ in what was generated only, so that all that is known of the prompt stays.
+        """
+        from targets.decoding.cache import exchange
+
+        exchange(self._cache, rows)
+        if self.rule is not None:
+            self.rule.select(rows)
 
     def _run(self, cache: Any, answers: int) -> Tensor:  # noqa: ANN401 - of transformers
         prompt, family = self.prompt, self.family
@@ -223,13 +236,6 @@ class Branch:
                     visual = slots.spread(slots.alive.long(), length, rows).bool()
             self._columns = Columns(visual, live, 0)
         return self._columns
-
-
-def _again(cache: Any) -> Any:  # noqa: ANN401 - of transformers
-    """A cache that grows apart from the given one and shares its tensors so far."""
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
-    return found
 
 
 @contextlib.contextmanager

@@ -84,9 +84,16 @@ class DecodingRun:
         return self._logits([branch.step(tokens) for branch in self.branches])[:, -1]
 
     def _select(self, rows: Tensor) -> None:
+        places = rows.tolist()
+        if places == list(range(len(self._rows))):
+            return
+        chosen = tuple(self._rows[row] for row in places)
         for branch in self.branches:
-            branch.select(rows)
-        self._rows = tuple(self._rows[row] for row in rows.tolist())
+            if chosen == self._rows:
+                branch.exchange(rows)
+            else:
+                branch.select(rows)
+        self._rows = chosen
 
     def _mark(self) -> Back:
         backs = [branch.mark() for branch in self.branches]
@@ -101,20 +108,31 @@ class DecodingRun:
 
     def _logits(self, readings: Sequence[Reading]) -> Tensor:
         main = self.branches[0]
-        logits = [self._head(one.hidden) for one in readings]
         wanted = self.method.depths(len(self.family.layers))
+        hidden = {depth: readings[0].depths[depth] for depth in wanted}
+        logits, *others = self._heads([*(one.hidden for one in readings), *hidden.values()])
+        views = len(readings) - 1
         return self.method.logits(
             Step(
-                logits=logits[0],
-                views=tuple(logits[1:]),
+                logits=logits,
+                views=tuple(others[:views]),
                 first=self._said,
-                hidden={depth: readings[0].depths[depth] for depth in wanted},
+                hidden=hidden,
+                early=dict(zip(hidden, others[views:], strict=True)),
                 entered=main.entered,
                 visual=main.visual,
                 head=self._head,
                 seeds=tuple(self.seeds[row] for row in self._rows),
             )
         )
+
+    def _heads(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Logits of several hidden states of one shape; the head's weights are read once."""
+        if len(states) == 1:
+            return (self._head(states[0]),)
+        home = states[0].device
+        joined = torch.cat([one.to(home) for one in states], 1)
+        return self._head(joined).chunk(len(states), 1)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return precise(self.family.logits(hidden))

@@ -196,6 +196,7 @@ def step(logits: Tensor, hidden: dict[int, Tensor], entered: Tensor, visual: Ten
         views=(),
         first=0,
         hidden=hidden,
+        early={depth: states @ HEAD for depth, states in hidden.items()},
         entered=entered,
         visual=visual,
         head=lambda states: states @ HEAD,
