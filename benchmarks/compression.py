@@ -234,7 +234,7 @@ def random_llava(shape: dict[str, int]) -> Any:
         patch_size=14,
     )
     text = LlamaConfig(
-        vocab_size=32064,
+        vocab_size=shape.get("vocabulary", 32064),
         hidden_size=shape["width"],
         intermediate_size=shape["inner"],
         num_hidden_layers=shape["layers"],
@@ -244,7 +244,7 @@ def random_llava(shape: dict[str, int]) -> Any:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=32000,
+        image_token_id=shape.get("vocabulary", 32064) - 64,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )

@@ -7,8 +7,12 @@ round; what is read is their median. ``decode`` leaves out all up to the first t
 
 Models: ``wide`` is a LLaVA of random weights with LLaVA-1.5's prompt length (576 visual tokens),
 wide enough for arithmetic to outweigh Python; ``scenes`` the trained scenes LVLM, where it is the
-other way round. ``--update`` replaces the rows of this model and batch in the results, and keeps
-the others.
+other way round. The vocabulary of 4096 keeps the head's share of the weights of ``wide`` near what
+it is in a model of 7B parameters (2 %); LLaVA-1.5's, ``--vocabulary 32064``, is a sixth of them at
+this width.
+
+With one thread, seconds are the processor's, which other jobs on the machine disturb little.
+``--update`` replaces the run of this model, batch and vocabulary in the results and keeps others.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ AGAINST = {"beam 3": "greedy", "transformers beam 3": "beam 3", "vasparse 3": "b
 """What a method is compared with, where it is not greedy decoding."""
 PUBLISHED = {"vasparse": 0.89, "vcd": 0.56, "beam 3": 0.957, "vasparse 3": 0.927, "sid": 0.668,
              "dola": 0.756}  # fmt: skip
-"""Of tokens per second, LLaVA-1.5-7B on A100 (arXiv 2501.06553, Table 1; its VASparse has beams)."""
+"""Ratios of LLaVA-1.5-7B on A100 (arXiv 2501.06553, Table 1), where VASparse always had beams."""
 WORDS = 64
 """Text tokens of the wide model's prompt."""
 NOBODY = -1
@@ -89,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=["wide", "scenes"], default="wide")
     parser.add_argument("--layers", type=int, default=SHAPES["wide"]["layers"], help="of wide")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of wide")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
@@ -98,20 +103,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/defenses.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    lvlm = wide(arguments.layers) if arguments.model == "wide" else load_scenes("scenes-a")
+    if arguments.model == "wide":
+        lvlm = wide(arguments.layers, arguments.vocabulary)
+    else:
+        lvlm = load_scenes("scenes-a")
     asked = questions(lvlm, arguments.batch, arguments.model)
     names = [name for name in arguments.only.split(";") if name] or list(METHODS)
-    times = measured(lvlm, asked, names, arguments.tokens, arguments.repeats)
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    times = measured(lvlm, asked, names, arguments.tokens, arguments.repeats, clock)
     command = " ".join(["python benchmarks/defenses.py", *sys.argv[1:]])
     run = {
         "model": arguments.model,
         "batch": arguments.batch,
         "command": command,
         "layers": len(lvlm.family.layers),
+        "vocabulary": int(lvlm.family.model.config.text_config.vocab_size),
         "prompt_tokens": prompt_of(lvlm, asked)["input_ids"].shape[1],
         "new_tokens": arguments.tokens,
         "repeats": arguments.repeats,
         "threads": arguments.threads,
+        "clock": clock.__name__,
         "device": "cpu",
         "machine": platform.machine(),
         "torch": torch.__version__,
@@ -122,27 +133,31 @@ def main() -> None:
 
 
 def measured(
-    lvlm: LVLM, asked: Asked, names: list[str], tokens: int, repeats: int
+    lvlm: LVLM,
+    asked: Asked,
+    names: list[str],
+    tokens: int,
+    repeats: int,
+    clock: Callable[[], float],
 ) -> dict[str, Times]:
     """Times of all methods, interleaved; the first round warms up."""
     times = {name: Times() for name in names}
-    clock = FirstToken(lvlm)
+    noted = FirstToken(lvlm, clock)
     for turn in range(repeats + 1):
         for name in names:
             method = METHODS[name]
-            run = of_transformers(lvlm, asked, tokens, name) if method is None else None
-            clock.first = None
-            begin = time.perf_counter()
+            noted.first = None
+            begin, cache = clock(), None
             if method is None:
-                ids, cache = run(), None
+                ids = of_transformers(lvlm, asked, tokens, 3 if "beam" in name else 1)
             else:
                 ids, cache = decoded(lvlm, asked, method, tokens)
-            end = time.perf_counter()
-            if tuple(ids.shape) != (len(asked.images), tokens) or clock.first is None:
+            end = clock()
+            if tuple(ids.shape) != (len(asked.images), tokens) or noted.first is None:
                 raise SystemExit(f"{name} said {list(ids.shape)} tokens, not {tokens} a row")
             if turn:
                 times[name].whole.append(end - begin)
-                times[name].decode.append(end - clock.first)
+                times[name].decode.append(end - noted.first)
                 times[name].cache = cache
         print(f"round {turn} of {repeats}", flush=True)
     return times
@@ -151,14 +166,15 @@ def measured(
 class FirstToken:
     """Notes when the first forward of a single token begins: all before made the first token."""
 
-    def __init__(self, lvlm: LVLM) -> None:
+    def __init__(self, lvlm: LVLM, clock: Callable[[], float]) -> None:
         self.first: float | None = None
+        self._clock = clock
         lvlm.family.core.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def _hook(self, module: object, args: object, kwargs: dict[str, Any]) -> None:
         del module, args
         if self.first is None and kwargs["input_ids"].shape[1] == 1:
-            self.first = time.perf_counter()
+            self.first = self._clock()
 
 
 def decoded(lvlm: LVLM, asked: Asked, method: Decoding, tokens: int) -> tuple[Tensor, int]:
@@ -169,25 +185,21 @@ def decoded(lvlm: LVLM, asked: Asked, method: Decoding, tokens: int) -> tuple[Te
     return ids, sum(one.keys.nbytes + one.values.nbytes for one in held)
 
 
-def of_transformers(lvlm: LVLM, asked: Asked, tokens: int, name: str) -> Callable[[], Tensor]:
+def of_transformers(lvlm: LVLM, asked: Asked, tokens: int, beams: int) -> Tensor:
     """``generate`` of transformers on the same prompt."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
-        num_beams=3 if "beam" in name else 1,
+        num_beams=beams,
         eos_token_id=NOBODY,
         pad_token_id=lvlm._passes.prompts.pad,
     )
-
-    def run() -> Tensor:
-        arguments = prompt_of(lvlm, asked)
-        with torch.no_grad():
-            ids = lvlm.family.model.generate(generation_config=config, **arguments)
-        return ids[:, arguments["input_ids"].shape[1] :]
-
-    return run
+    arguments = prompt_of(lvlm, asked)
+    with torch.no_grad():
+        ids: Tensor = lvlm.family.model.generate(generation_config=config, **arguments)
+    return ids[:, arguments["input_ids"].shape[1] :]
 
 
 def prompt_of(lvlm: LVLM, asked: Asked) -> dict[str, Tensor]:
@@ -205,12 +217,12 @@ def questions(lvlm: LVLM, batch: int, model: str) -> Asked:
     return Asked(pictures, (text,) * batch, draws=tuple(range(batch)))
 
 
-def wide(layers: int) -> LVLM:
+def wide(layers: int, vocabulary: int) -> LVLM:
     """A LLaVA of random weights with a processor of a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    model = random_llava({**SHAPES["wide"], "layers": layers})
+    model = random_llava({**SHAPES["wide"], "layers": layers, "vocabulary": vocabulary})
     side = SHAPES["wide"]["side"]
     words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "You", "are", "a", "confused", "object"]
     table = {word: place for place, word in enumerate(words)}
@@ -266,9 +278,12 @@ def keep(out: Path, run: dict[str, Any], *, update: bool) -> None:
     runs = []
     if update and out.is_file():
         runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
-        runs = [one for one in runs if (one["model"], one["batch"]) != (run["model"], run["batch"])]
+        parts = ("model", "batch", "vocabulary")
+        runs = [one for one in runs if any(one[part] != run[part] for part in parts)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs = sorted([*runs, run], key=lambda one: (one["model"] != "wide", one["batch"]))
+    runs = sorted(
+        [*runs, run], key=lambda one: (one["model"] != "wide", one["vocabulary"], one["batch"])
+    )
     out.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ N heads, R answer positions, n key columns, E width of a head, C clusters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -35,25 +36,50 @@ class SparseOptions:
     merge: Merge
 
 
-def selected(delta: Tensor, visible: Tensor, keep: float) -> Tensor:
+def selected(delta: Tensor, visible: Tensor | None, keep: float) -> Tensor:
     """The S largest δ of each head and position; of equal ones the first.
 
     Arg max of ``Σ M_i δ_i`` over M with ``Σ M_i = S``, which is Theorem 1's minimiser of Eq. 3.
 
     Args:
         delta: ``[B, N, R, n]``.
-        visible: bool ``[B, N, R, n]``, columns there are.
+        visible: bool ``[B, N or 1, R, n]``, columns there are; None is all.
         keep: S as a share of them, rounded; at least one.
 
     Returns:
         bool, with exactly S True a position.
     """
-    number = visible.sum(-1, keepdim=True)
-    count = (number * keep).round().clamp_min(1)
-    order = delta.detach().masked_fill(~visible, -torch.inf)
-    order = order.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(delta.shape[-1], device=delta.device).expand_as(order)
-    return torch.zeros_like(visible).scatter(-1, order, places < count) & visible
+    order, length = delta.detach(), delta.shape[-1]
+    # Only what is dropped has to be put in order, which is little of it.
+    if visible is None:
+        count: int | Tensor = _count(length, keep)
+        if count == length:
+            return torch.ones_like(order, dtype=torch.bool)
+        lowest = order.topk(length - count + 1, largest=False).values
+        last, bar = lowest[..., -1:], lowest[..., -2:-1]
+        # Where asking costs nothing, ties are looked into only if one decides.
+        if order.device.type == "cpu" and bool((last > bar).all()):
+            return order >= last
+        above = order > bar
+    else:
+        number = visible.sum(-1, keepdim=True)
+        count = (number * keep).round().clamp_min(1)
+        order = order.masked_fill(~visible, torch.inf)
+        # A bound for what is dropped that need not be fetched from a device.
+        lowest = order.topk(min(length, int(length * (1 - keep)) + 2), largest=False).values
+        dropped = (number - count).long().expand(*order.shape[:-1], 1)
+        bar = lowest.gather(-1, (dropped - 1).clamp_min(0))
+        bar = bar.masked_fill(dropped <= 0, -torch.inf)
+        above = (order > bar) & visible
+    level = order == bar
+    missing = count - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1) <= missing))
+
+
+@functools.lru_cache(maxsize=256)
+def _count(length: int, keep: float) -> int:
+    """S, in the arithmetic of tensors."""
+    return int((torch.tensor(length) * keep).round().clamp_min(1))
 
 
 def straight_through(delta: Tensor, kept: Tensor, visible: Tensor) -> Tensor:
@@ -85,8 +111,10 @@ def penalised(logits: Tensor, sinks: Tensor, beta: float, on: Literal["logit", "
     return logits * factor if on == "logit" else logits + factor.log()
 
 
-def sums_to_one(values: Tensor, visible: Tensor) -> Tensor:
+def sums_to_one(values: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax ``[B, R, n]`` over the columns there are: W of Eq. 7 and P of Eq. 5."""
+    if visible is None:
+        return values.softmax(-1)
     return values.masked_fill(~visible, torch.finfo(values.dtype).min).softmax(-1)
 
 
@@ -176,13 +204,6 @@ class _Past:
     sums: Tensor  # [B, n]
     mass: Tensor  # [B, n]
 
-    def fitted(self, length: int) -> _Past:
-        """With the new column behind; of a cache that forgets, the last `length`."""
-        sums, mass = (
-            torch.nn.functional.pad(part, (0, 1))[:, -length:] for part in (self.sums, self.mass)
-        )
-        return _Past(sums, mass)
-
 
 class SparseAttention(AttentionRule):
     """Selection, merging and the sink penalty at answer positions, in every layer.
@@ -214,26 +235,27 @@ class SparseAttention(AttentionRule):
         dots = call.dots(call.answers())
         logits, added = call.scaled(dots), call.answers_added()
         plain = softmax(logits, added)
-        visible = torch.ones_like(plain, dtype=torch.bool)
-        if added is not None:
-            visible = visible & (added > _HALF)
+        visible = None if added is None else (added > _HALF)
         sums, mass = self._advance(call, plain)
+        there = None if visible is None else visible[:, 0]
         changed = logits
         if options.beta:
-            sinks = sums_to_one(sums, visible[:, 0])
+            sinks = sums_to_one(sums, there)
             changed = penalised(logits, sinks, options.beta, options.apply_on)
         if added is not None:
             changed = changed + added
         extra = None
         if options.keep < 1:
-            salient = sums_to_one(mass[:, None].expand_as(sums), visible[:, 0])
+            paid = mass[:, None] if there is None else mass[:, None].expand_as(sums)
+            salient = sums_to_one(paid, there)
             recall = plain if options.score_space == "prob" else dots
-            delta = recall.square() + options.saliency * salient[:, None]
+            delta = torch.addcmul(options.saliency * salient[:, None], recall, recall)
             kept = selected(delta, visible, options.keep)
             if delta.requires_grad:
-                changed = changed + straight_through(delta, kept, visible)
-            changed = changed.masked_fill(~kept, torch.finfo(changed.dtype).min)
-            extra = merged(call, visible & ~kept, delta, options.merge)
+                changed = changed + straight_through(delta, kept, _all(visible, kept))
+            changed = torch.where(kept, changed, torch.finfo(changed.dtype).min)
+            if options.merge != "none":
+                extra = merged(call, _all(visible, kept) & ~kept, delta, options.merge)
         factor = 1 + options.beta if options.apply_on == "logit" else 1.0
         return call.put(attended(call, changed, extra, factor))
 
@@ -241,28 +263,42 @@ class SparseAttention(AttentionRule):
         """Received attention at each position ``[B, R, n]``, attention to the image ``[B, n]``."""
         length, rows = call.key.shape[2], call.rows
         first = call.layer not in self._past or call.query.shape[2] > 1
-        past = _of_prompt(call) if first else self._past[call.layer].fitted(length)
-        sums = past.sums[:, None] + plain.mean(1).cumsum(1)
+        past = _of_prompt(call) if first else self._past[call.layer]
+        before, received = past.sums, plain.mean(1)
+        if before.shape[1] != length:  # of a cache that forgets, the last
+            before = torch.nn.functional.pad(before, (0, 1))[:, -length:]
+        sums = before[:, None] + (received if rows == 1 else received.cumsum(1))
         paid = (plain[:, -1] * call.columns.visual[:, None]).sum(-1)  # [B, R]
-        mass = torch.cat([past.mass[:, : length - rows], paid], 1)
+        mass = torch.cat([past.mass, paid], 1)[:, -length:]
         self._past[call.layer] = _Past(sums[:, -1], mass)
         return sums, mass
 
 
+def _all(visible: Tensor | None, like: Tensor) -> Tensor:
+    """Columns there are, bool ``[B, N, R, n]``."""
+    return torch.ones_like(like) if visible is None else visible.expand_as(like)
+
+
 def _of_prompt(call: AttentionCall) -> _Past:
-    """Over the prompt in front of the first answer position."""
+    """Over the prompt in front of the first answer position: ``[B, n]`` and ``[B, n − R]``."""
     count, length = call.query.shape[2] - call.rows, call.key.shape[2]
+    heads = call.query.shape[1]
+    # Without a mask of the model's own nothing behind a query is seen, and need not be worked out.
+    ordered = call.causal and call.mask is None and call.query.shape[2] == length
     sums = torch.zeros(len(call.query), length, device=call.query.device)
     paid = []
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
-        logits = call.scaled(call.dots(call.query[:, :, start:stop]))
-        weights = softmax(logits, call.added(start, stop))
-        live = call.columns.live[:, start:stop, None]
-        sums = sums + (weights.mean(1) * live).sum(1)
-        paid.append((weights[:, -1] * call.columns.visual[:, None]).sum(-1))
-    mass = torch.cat([*paid, sums.new_zeros(len(sums), length - count)], 1)
-    return _Past(sums, mass)
+        seen = stop if ordered else length
+        logits = call.scaled(call.dots(call.query[:, :, start:stop], call.key[:, :, :seen]))
+        added = call.added(start, stop)
+        weights = softmax(logits, None if added is None else added[..., :seen])
+        live = call.columns.live[:, start:stop].to(weights.dtype) / heads
+        each = live[:, None].expand(-1, heads, -1).flatten(1)[:, None]  # [B, 1, N · r]
+        received = (each @ weights.flatten(1, 2))[:, 0]
+        sums = sums + torch.nn.functional.pad(received, (0, length - seen))
+        paid.append((weights[:, -1] * call.columns.visual[:, None, :seen]).sum(-1))
+    return _Past(sums, torch.cat(paid, 1) if paid else sums[:, :0])
 
 
 class OldestMean(AttentionRule):

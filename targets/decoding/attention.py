@@ -216,6 +216,7 @@ class Attending:
     rows: int = 1
     generated: int = 0
     known: dict[int, Columns] = field(default_factory=dict)
+    _fitted: dict[tuple[int, int], Columns] = field(default_factory=dict)
     _before: dict[int, Any] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
     _hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -262,7 +263,7 @@ class Attending:
             module.__dict__.pop(_RULE, None)
         for handle in self._handles:
             handle.remove()
-        self._before, self._handles, self._hidden = {}, [], {}
+        self._before, self._handles, self._hidden, self._fitted = {}, [], {}, {}
 
     def _enters(self, layer: int) -> Callable[..., None]:
         def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -283,7 +284,8 @@ class Attending:
 
     def select(self, rows: Tensor) -> None:
         """Go on with some rows of the batch."""
-        self.known = {layer: one.select(rows) for layer, one in self.known.items()}
+        apart = {id(one): one.select(rows) for one in self.known.values()}
+        self.known = {layer: apart[id(one)] for layer, one in self.known.items()}
         self.rule.select(rows)
 
     def _run(
@@ -297,9 +299,6 @@ class Attending:
         scaling: float,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        if layer not in self.known:
-            self.known[layer] = self.look(layer)
-
         def kernel(own: Tensor | None) -> Tensor:
             original = _kernel_of(module, self._before[layer]._attn_implementation)
             found: Tensor = original(module, query, key, value, own, scaling=scaling, **kwargs)[0]
@@ -319,11 +318,21 @@ class Attending:
                 causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
                 rows=self.rows,
                 generated=self.generated,
-                columns=self.known[layer].fitted(key.shape[2]),
+                columns=self._columns(layer, key.shape[2]),
                 kernel=kernel,
                 hidden=self._hidden.get(layer),
             )
         )
+
+    def _columns(self, layer: int, length: int) -> Columns:
+        """What the columns of a layer are now; layers of one selection share it in a forward."""
+        if layer not in self.known:
+            self.known[layer] = self.look(layer)
+        known = self.known[layer]
+        key = id(known), length
+        if key not in self._fitted:
+            self._fitted[key] = known.fitted(length)
+        return self._fitted[key]
 
 
 def _dispatch(

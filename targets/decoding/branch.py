@@ -7,7 +7,6 @@ closes it again; what the session knows of the prompt stays with it in between.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -128,6 +128,26 @@ def test_the_best_by_delta_minimise_equation_3(weight: float, keep: float) -> No
                 for kept in combinations(range(n), count)
             }
             assert errors[here] == pytest.approx(min(errors.values()))
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.9, 0.98, 1.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_selection_is_the_front_of_a_stable_order(keep: float, ties: bool) -> None:
+    """Columns one by one: of all, and of those that a mask leaves, the same for all heads."""
+    for seed in range(6):
+        n = 3 + 4 * seed
+        delta = random(2, 3, 2, n, seed=seed)
+        delta = delta.round() if ties else delta
+        mask = random(2, 1, 2, n, seed=seed + 50) > -1
+        mask[..., -1] = True
+        for visible in (None, torch.ones_like(mask), mask):
+            found = selected(delta, visible, keep)
+            for b, head, r in product(range(2), range(3), range(2)):
+                there = [i for i in range(n) if visible is None or bool(visible[b, 0, r, i])]
+                best = sorted(there, key=lambda i: (-float(delta[b, head, r, i]), i))
+                count = max(1, round(keep * len(there)))
+                wanted = sorted(best[:count])
+                assert found[b, head, r].nonzero()[:, 0].tolist() == wanted
 
 
 def test_hidden_columns_are_never_selected() -> None:
