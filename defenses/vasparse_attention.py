@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def selected(delta: Tensor, visible: Tensor | None, keep: float) -> Tensor:
         count: int | Tensor = _count(length, keep)
         if count == length:
             return torch.ones_like(order, dtype=torch.bool)
-        lowest = order.topk(length - count + 1, largest=False).values
+        lowest = _lowest(order, length - count + 1)
         last, bar = lowest[..., -1:], lowest[..., -2:-1]
         # Where asking costs nothing, ties are looked into only if one decides.
         if order.device.type == "cpu" and bool((last > bar).all()):
@@ -66,7 +67,7 @@ def selected(delta: Tensor, visible: Tensor | None, keep: float) -> Tensor:
         count = (number * keep).round().clamp_min(1)
         order = order.masked_fill(~visible, torch.inf)
         # A bound for what is dropped that need not be fetched from a device.
-        lowest = order.topk(min(length, int(length * (1 - keep)) + 2), largest=False).values
+        lowest = _lowest(order, min(length, int(length * (1 - keep)) + 2))
         dropped = (number - count).long().expand(*order.shape[:-1], 1)
         bar = lowest.gather(-1, (dropped - 1).clamp_min(0))
         bar = bar.masked_fill(dropped <= 0, -torch.inf)
@@ -74,6 +75,14 @@ def selected(delta: Tensor, visible: Tensor | None, keep: float) -> Tensor:
     level = order == bar
     missing = count - above.sum(-1, keepdim=True)
     return above | (level & (level.cumsum(-1) <= missing))
+
+
+def _lowest(values: Tensor, number: int) -> Tensor:
+    """The smallest of the last dimension, in order."""
+    if values.device.type == "cpu" and values.dtype == torch.float32:
+        # NumPy sorts all of them in half the time that torch takes for a tenth.
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1)[..., :number])
+    return values.topk(number, largest=False).values
 
 
 @functools.lru_cache(maxsize=256)
