@@ -53,22 +53,23 @@ def selected(delta: Tensor, visible: Tensor | None, keep: float) -> Tensor:
     order, length = delta.detach(), delta.shape[-1]
     # Only what is dropped has to be put in order, which is little of it.
     if visible is None:
-        count: int | Tensor = _count(length, keep)
-        if count == length:
+        number = _count(length, keep)
+        if number == length:
             return torch.ones_like(order, dtype=torch.bool)
-        lowest = _lowest(order, length - count + 1)
+        count: int | Tensor = number
+        lowest = _lowest(order, length - number + 1)
         last, bar = lowest[..., -1:], lowest[..., -2:-1]
         # Where asking costs nothing, ties are looked into only if one decides.
         if order.device.type == "cpu" and bool((last > bar).all()):
             return order >= last
         above = order > bar
     else:
-        number = visible.sum(-1, keepdim=True)
-        count = (number * keep).round().clamp_min(1)
+        there = visible.sum(-1, keepdim=True)
+        count = (there * keep).round().clamp_min(1)
         order = order.masked_fill(~visible, torch.inf)
         # A bound for what is dropped that need not be fetched from a device.
         lowest = _lowest(order, min(length, int(length * (1 - keep)) + 2))
-        dropped = (number - count).long().expand(*order.shape[:-1], 1)
+        dropped = (there - count).long().expand(*order.shape[:-1], 1)
         bar = lowest.gather(-1, (dropped - 1).clamp_min(0))
         bar = bar.masked_fill(dropped <= 0, -torch.inf)
         above = (order > bar) & visible

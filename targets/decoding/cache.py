@@ -52,7 +52,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             said = held[:, :, self.prompt :]
             said.copy_(said[rows])
 
-
     def part(self) -> None:
         """Write no more to the tensors there are, which somebody else keeps."""
         self._room = None, None

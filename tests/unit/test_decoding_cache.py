@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 
-from targets.decoding.cache import GrowingLayer, exchange, growing
+from targets.decoding.cache import GrowingLayer, apart, exchange, growing
 
 CONFIG = LlamaConfig(num_hidden_layers=2)
 
@@ -91,3 +91,24 @@ def test_beams_of_a_sample_exchange_what_they_said() -> None:
         exchange(caches[0], order)
         caches[1].batch_select_indices(order)
     add(1, 9, 6, *caches)
+
+
+def test_what_was_marked_stays_whatever_is_said_later() -> None:
+    """Marks at two lengths, and ways on from the first that would write over the second."""
+    ours, theirs = both()
+    add(5, 0, 2, ours, theirs)
+    add(2, 1, 2, ours, theirs)
+    first = apart(ours)
+    exchange(ours, torch.tensor([1, 0]))
+    add(3, 2, 2, ours)
+    second = apart(ours)
+    wanted = ours.layers[1].keys.clone(), ours.layers[1].values.clone()
+    for seed in (3, 4):
+        again = apart(first)
+        exchange(again, torch.tensor([1, 1]))
+        add(6, seed, 2, again)
+    exchange(ours, torch.tensor([0, 0]))
+    add(1, 5, 2, ours)
+    assert torch.equal(second.layers[1].keys, wanted[0])
+    assert torch.equal(second.layers[1].values, wanted[1])
+    add(1, 6, 2, apart(first), theirs)
