@@ -20,7 +20,10 @@ from typing import Any, Final
 
 import yaml
 
+from redteam.catalog import find, load
+from reports.marks import bare, failed
 from reports.measure import Row, measure, row_of
+from reports.metrics import summarise
 from reports.statistics import wilson
 from reports.store import RunStore
 
@@ -69,7 +72,7 @@ def main() -> None:
         for name, part in split(arguments.scenario, arguments.runs).items():
             if not arguments.only or name in arguments.only:
                 run(part)
-    folders = sorted(one.parent for one in arguments.runs.glob("*/summary.json"))
+    folders = sorted(one.parent for one in arguments.runs.glob("*/manifest.json"))
     if not folders:
         raise SystemExit(f"no part of {arguments.scenario} has run in {arguments.runs}")
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +137,15 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
 def cells_of(folder: Path) -> list[Cell]:
     """The cells of a run folder with their rows; errors are left out."""
     store = RunStore.read(folder)
-    adaptive = {one["name"] for one in store.manifest.scenario["attacks"] if one.get("adaptive")}
+    attacks = store.manifest.scenario["attacks"]
+    adaptive = {one["name"] for one in attacks if one.get("adaptive")}
     found = {
         cell.id: Cell(
             cell.compression,
             cell.attack,
             cell.defense,
             cell.attack in adaptive,
-            draws=cell.spec["attack"].get("draws"),
+            draws=cell.spec["attack"].get("draws") if random(cell.spec["defense"]) else None,
         )
         for cell in store.manifest.cells
     }
@@ -153,6 +157,15 @@ def cells_of(folder: Path) -> list[Cell]:
         cell.seconds.append(trial.demands.attacked_compressed.seconds)
         cell.clean_seconds.append(trial.demands.clean_compressed.seconds)
     return list(found.values())
+
+
+def random(spec: Mapping[str, Any]) -> bool:
+    """Whether a defence, by its resolved options, draws at random."""
+    if "stack" in spec:
+        return any(random(member) for member in spec["stack"])
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in spec.items()}
+    made = load(find("defenses", str(options.pop("type"))))(**options)
+    return bool(getattr(made, "draws", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +185,11 @@ class Line:
 
 def lines_of(folder: Path) -> dict[tuple[str, str], Line]:
     """Compression and defence to what was measured of them; `none` too."""
-    cells, summary = cells_of(folder), _json(folder, "summary")
+    cells, store = cells_of(folder), RunStore.read(folder)
     badges = {
-        (one.get("compression"), one["defense"]): str(one["badge"])
-        for one in summary.get("defenses", [])
-        if isinstance(one, dict) and "badge" in one
+        (place["compression"], bare(one["defense"])): _badge(place)
+        for one in summarise(store.manifest, store.trials()).get("defenses", ())
+        for place in one["places"]
     }
     found = {}
     for name in dict.fromkeys((cell.compression, cell.defense) for cell in cells):
@@ -185,8 +198,14 @@ def lines_of(folder: Path) -> dict[tuple[str, str], Line]:
             c.attack: c for c in cells if (c.compression, c.defense) == (name[0], "none") and c.rows
         }
         if here:
-            found[name] = Line(here, control, badges.get(name, badges.get((None, name[1]), "")))
+            found[name] = Line(here, control, badges.get((name[0], bare(name[1])), ""))
     return found
+
+
+def _badge(place: Mapping[str, Any]) -> str:
+    """A badge with the numbers of the rules that keep it from being better."""
+    numbers = ", ".join(dict.fromkeys(str(rule["rule"]) for rule in failed(place)))
+    return f"{place['badge']}: rules {numbers}" if numbers else str(place["badge"])
 
 
 def worst(cells: Iterable[Cell]) -> tuple[int, int]:
@@ -276,7 +295,10 @@ def _cells(name: str, line: Line, plain: Sequence[str]) -> list[str]:
     strongest = max(adaptive.values(), key=_failures, default=None)
     own = {} if strongest is None else {"strongest": strongest}
     known = strongest is not None and name != "none"
-    draws = f" ({strongest.attack}, {strongest.draws} draws)" if known and strongest else ""
+    draws = ""
+    if known and strongest:
+        many = f", {strongest.draws} draws" if strongest.draws else ""
+        draws = f" ({strongest.attack}{many})"
     return [
         name,
         line.badge or ("control" if name == "none" else "UNVERIFIED (upper bound)"),
@@ -308,6 +330,8 @@ def page(folders: Sequence[Path], missing: Sequence[str]) -> str:
     identity = first["provenance"].get("identity", {})
     compressions = list(dict.fromkeys(name[0] for name in lines))
     said = _settings(manifests)
+    some = any("VERIFIED" in line.badge and "UN" not in line.badge for line in lines.values())
+    unverified = "" if some else " No row is verified: read all of them as upper bounds."
     lacking = f"\n**Not run yet: {', '.join(missing)}.**\n" if missing else ""
     measured = ", ".join(sorted({str(one["created"])[:10] for one in manifests}))
     epsilons = sorted({cell["epsilon"] * 255 for one in manifests for cell in one["cells"]})
@@ -324,6 +348,7 @@ seed {first["seed"]}; device {identity.get("device", "unknown")};
   the compressed path only. *adaptive*: the strongest attack that has the defence in its graph (its
   name, and the draws of a random defence in each call, behind it). *Worst case*: failures under any
   attack of the row, sample by sample, 95 % Wilson interval.
+- *Badge*: the rules that fail are numbered as in the page named above.{unverified}
 - *Left of undefended*: that worst case divided by the undefended one; under 0.50 it is halved.
 - *Clean*: accuracy on clean pictures in points, and the change against no defence.
 - *Time*: median time of an answer through the compressor divided by that without the defence, of
