@@ -68,12 +68,13 @@ def check_ranges(defense: Any) -> None:  # noqa: ANN401 - any defence that is a 
 
 
 def _rules(owner: type, name: str) -> tuple[BaseMetadata | Interval, ...]:
-    """The ranges an option was annotated with."""
-    from typing import get_type_hints
+    """The ranges an option was annotated with; of a union those of its members."""
+    from typing import get_args, get_type_hints
 
     hint = get_type_hints(owner, include_extras=True)[name]
-    kinds = (BaseMetadata, Interval)  # an interval is a group of the others, not one of them
-    return tuple(one for one in getattr(hint, "__metadata__", ()) if isinstance(one, kinds))
+    members = (hint, *get_args(hint))
+    found = [one for member in members for one in getattr(member, "__metadata__", ())]
+    return tuple(one for one in found if isinstance(one, BaseMetadata | Interval))
 
 
 def _within(value: float, rule: BaseMetadata | Interval) -> bool:

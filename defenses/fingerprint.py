@@ -23,14 +23,17 @@ def fingerprint(method: object) -> str:
 
 
 def pipeline(compressor: Compressor | None, guard: Guard) -> str:
-    """12 hex digits of a compressor, the parts of a defence that change answers, and the decoder.
+    """12 hex digits of a compressor, the parts of a defence, and the decoder.
+
+    A detector counts as if it watched every request, which is what an attack reckons with.
 
     Args:
         compressor: as it is without a defence; None if it is not part of the pipeline.
         guard: the parts as they are used.
     """
     parts = (guard.encoder, guard.inputs, guard.selections, guard.decoding, guard.fallback)
-    return _digest([repr(compressor), *map(repr, parts)])
+    watched = [] if guard.detector is None else [repr(guard.detector.watchful)]
+    return _digest([repr(compressor), *map(repr, parts), *watched])
 
 
 def deployed(compressor: Compressor, guard: Guard) -> str:

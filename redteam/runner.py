@@ -95,6 +95,8 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
     engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say, calibration)
     identity = engine.prepare()
     made_with = provenance.collect(engine.device, identity, scenario.engine.model_dump())
+    if calibration is not None:
+        made_with["calibration"] = {"samples": list(calibration.ids)}
     if not resumed:
         samples = _screened(scenario, samples, engine, made_with)
     manifest = make_manifest(plan, samples, made_with)

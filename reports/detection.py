@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from reports.marks import UNVERIFIED
 from reports.records import Calibration, Cell, Manifest, Trial
 from reports.statistics import DRAWS, EMPTY, Estimate, unseen, wilson
 from reports.terminal import Table
@@ -29,7 +30,6 @@ ENOUGH: Final = {0.01: 1_000, 0.05: 200}
 """Clean samples below which a rate cannot be told: ten false alarms are expected in these."""
 SHARES: Final = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the traffic in the curve of a monitor."""
-UNVERIFIED: Final = "UNVERIFIED (upper bound)"
 CAPTION: Final = (
     "AUROC and AUPR of attacked against clean test pictures. TPR@x: share of attacked pictures "
     "flagged at a threshold that flags at most x of the clean calibration pictures; FPR is what "

@@ -475,7 +475,14 @@ def _detector(case: Case) -> Outcome:
         return _needs(3, "record of what the defence is")
     if "detector" not in case.kinds:
         return _not_applicable("it detects nothing")
-    return _failed("attack success among what it does not flag is not in the run")
+    if not case.white:
+        return _needs(3, "attack that evades it on purpose")
+    for cell in case.white:
+        if not all(row.watched for row in case.measured(cell).values()):
+            return _failed(
+                f"attack success among what it does not flag is missing of {_name(cell)}"
+            )
+    return _passed("attacks that evade it on purpose; what gets past is in the table of detectors")
 
 
 def _calibration(case: Case) -> Outcome:
@@ -483,12 +490,15 @@ def _calibration(case: Case) -> Outcome:
         return _needs(3, "record of what the defence is")
     if not case.kinds & {"detector", "fallback"}:
         return _not_applicable("it has no threshold")
-    if case.facts.calibration is None:
+    fitted = case.facts.calibration
+    if fitted is None and "detector" in case.kinds:
+        fitted = case.manifest.provenance.get("calibration", {}).get("samples")
+    if fitted is None:
         return _failed("it does not tell what its threshold was fitted to")
-    shared = set(case.facts.calibration) & set(case.manifest.samples)
+    shared = set(fitted) & set(case.manifest.samples)
     if shared:
         return _failed(f"its threshold was fitted to {count(len(shared), 'sample')} of this run")
-    return _passed(f"fitted to {count(len(case.facts.calibration), 'other sample')}")
+    return _passed(f"fitted to {count(len(fitted), 'other sample')}")
 
 
 def _oracle(case: Case) -> Outcome:

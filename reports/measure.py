@@ -81,6 +81,8 @@ class Row(NamedTuple):
     """The attacked image is in the run folder."""
     fallbacks: tuple[bool, bool] = (False, False)
     """Whether the clean and the attacked image were given more tokens than the compressor keeps."""
+    watched: bool = False
+    """A detector has scored both images."""
 
     @property
     def failure(self) -> bool:
@@ -120,6 +122,7 @@ def row_of(trial: Trial) -> Row:
         seconds=_seconds(trial),
         traced=len(trial.loss) > 1,
         saved=trial.attacked_png is not None,
+        watched=trial.detection is not None,
         fallbacks=_fallbacks(trial),
     )
 

@@ -388,7 +388,7 @@ class LocalEngine:
         effort = Effort(
             forwards=result.forwards, backwards=result.backwards, queries=result.queries
         )
-        pipeline = getattr(view, "pipeline", "")
+        pipeline = getattr(view, "pipeline", "") or self._evaded(asker, group)
         makers = result.made_by or ("",) * len(samples)
         return [
             _Made(
@@ -406,6 +406,18 @@ class LocalEngine:
                 zip(to_pixels(result.images), to_pixels(result.base), strict=True)
             )
         ]
+
+    @staticmethod
+    def _evaded(asker: Asker, group: ImageGroup) -> str:
+        """Hash of compressor and detector that an attack evades; "" if it evades none."""
+        if group.known is None or group.defense is None:
+            return ""
+        guard = asker.guard(group.defense)
+        if guard.detector is None:
+            return ""
+        from defenses.fingerprint import pipeline
+
+        return pipeline(asker.instance(group.known), guard)
 
     def _evading(self, asker: Asker, group: ImageGroup, attack: Attack, store: RunStore) -> Attack:
         """An attack on a detector with what that has learnt, and the threshold to stay under."""

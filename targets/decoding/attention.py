@@ -22,7 +22,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from targets.compression.aside import is_aside
 from targets.compression.scoring import precise
 from targets.errors import TargetError
 from targets.families.base import Family
@@ -305,8 +304,6 @@ class Attending:
             found: Tensor = original(module, query, key, value, own, scaling=scaling, **kwargs)[0]
             return found
 
-        if is_aside():
-            return kernel(mask)  # a compressor asks the model something else meanwhile
         causal = kwargs.get("is_causal")
         softcap = kwargs.get("softcap")
         return self.rule(

@@ -112,6 +112,12 @@ def test_every_report_shows_them(finished: Workplace) -> None:
     notes = " ".join(out["notes"])
     assert "fewer than 1,000 cannot tell a false-positive rate of 1 %" in notes
     assert "disagreement_monitor is UNVERIFIED (upper bound)" in notes
+    for one in out["summary"]["defenses"]:
+        assert one["badge"] == "UNVERIFIED (upper bound)"
+        for place in one["places"]:
+            states = {rule["rule"]: rule["state"] for rule in place["rules"]}
+            assert states[2] == states[22] == states[23] == "passed"
+            assert states[25] == "failed"  # nothing makes a detector spend more
     for name in ("summary.md", "report.html"):
         text = (finished.folder / "run" / name).read_text()
         assert "Detectors" in text

@@ -17,7 +17,6 @@ import pytest
 import yaml
 from workplace import Workplace
 
-from redteam.calibrating import open_calibration
 from redteam.catalog import BUILTIN
 from redteam.engines.local import LocalEngine
 from redteam.errors import ScenarioError
@@ -53,13 +52,6 @@ ATTACK_OPTIONS: dict[str, dict[str, Any]] = {
 DEFENSE_OPTIONS: dict[str, dict[str, Any]] = {"stack": {"stack": ["hybrid", "sid"]}}
 
 
-def defense_options(defense: str, compressor: str, place: Workplace) -> dict[str, Any]:
-    """Options of a defence; weights that fit the target."""
-    if defense == "robust_encoder" and compressor not in TRAINED:
-        return {"weights": str(place.folder / "model")}
-    return DEFENSE_OPTIONS.get(defense, {})
-
-
 def everything(name: str, place: Workplace) -> Scenario:
     """One compressor with all attacks, in both forms, and all defences."""
     tiny = {"type": "lvlm", "model": str(place.folder / "model"), "name": "tiny"}
@@ -78,12 +70,11 @@ def everything(name: str, place: Workplace) -> Scenario:
         "targets": [{"type": "scenes"} if name in TRAINED else tiny],
         "surrogates": [{"type": "scenes", "checkpoint": "scenes-b"}],
         "dataset": scenes if name in TRAINED else data,
-        "calibration": {"type": "scenes", "split": "validation", "samples": 6},
         "epsilons": [0.06],
         "checks": {"repeat": 0},  # that attacks repeat is tested elsewhere; here it costs thrice
         "compressions": [{"type": name, **options}],
         "attacks": [*attacks, *adaptive],
-        "defenses": [{"type": one, **defense_options(one, name, place)} for one in DEFENSES],
+        "defenses": [{"type": one, **DEFENSE_OPTIONS.get(one, {})} for one in DEFENSES],
     }
     path.write_text(yaml.safe_dump(head, sort_keys=False))
     return load_scenario(path)
@@ -127,7 +118,7 @@ def run(folder: Path, whole: Scenario, groups: Sequence[ImageGroup]) -> None:
     some = replace(whole, defenses=tuple(one for one in whole.defenses if one.label in used))
     plan = Plan(some, tuple(merged))
     samples = some.dataset.create().open()
-    engine = LocalEngine(plan, samples, "cpu", calibration=open_calibration(some, samples))
+    engine = LocalEngine(plan, samples, "cpu")
     identity = engine.prepare()
     with RunStore.create(folder, make_manifest(plan, samples, identity)) as store:
         for unit in plan.units(len(samples)):
