@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +23,14 @@ _HOOKS: Final = (
 )
 
 
+_ASIDE: Final = contextvars.ContextVar("aside", default=False)
+
+
+def is_aside() -> bool:
+    """Whether the model runs beside the forward of a session, for a compressor's own use."""
+    return _ASIDE.get()
+
+
 @contextlib.contextmanager
 def unhooked(module: nn.Module) -> Iterator[None]:
     """Calls of a module and all its parts run no forward hooks; they are back afterwards.
@@ -31,6 +40,7 @@ def unhooked(module: nn.Module) -> Iterator[None]:
     hooks are back.
     """
     saved: list[tuple[nn.Module, str, Any]] = []
+    token = _ASIDE.set(True)
     try:
         for part in module.modules():
             for name in _HOOKS:
@@ -41,6 +51,7 @@ def unhooked(module: nn.Module) -> Iterator[None]:
                 part.__dict__["gradient_checkpointing"] = False
         yield
     finally:
+        _ASIDE.reset(token)
         for part, name, value in saved:
             part.__dict__[name] = value
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from workplace import Workplace
 
+from redteam.calibrating import open_calibration
 from redteam.catalog import BUILTIN
 from redteam.engines.local import LocalEngine
 from redteam.errors import ScenarioError
@@ -52,8 +53,16 @@ ATTACK_OPTIONS: dict[str, dict[str, Any]] = {
 DEFENSE_OPTIONS: dict[str, dict[str, Any]] = {"stack": {"stack": ["hybrid", "sid"]}}
 
 
-def everything(name: str, place: Workplace) -> Scenario:
-    """One compressor with all attacks, in both forms, and all defences."""
+def defense_options(defense: str, place: Workplace, *, trained: bool) -> dict[str, Any]:
+    """Options of a defence; weights that fit the target."""
+    if defense == "robust_encoder" and not trained:
+        return {"weights": str(place.folder / "model")}
+    return DEFENSE_OPTIONS.get(defense, {})
+
+
+def everything(names: Sequence[str], place: Workplace) -> Scenario:
+    """Some compressors with all attacks, in both forms, and all defences."""
+    trained = set(names) <= set(TRAINED)
     tiny = {"type": "lvlm", "model": str(place.folder / "model"), "name": "tiny"}
     data = {"type": "jsonl", "path": str(place.folder / "data.jsonl"), "samples": SAMPLES}
     scenes = {"type": "scenes", "split": "test", "samples": SAMPLES}
@@ -62,19 +71,23 @@ def everything(name: str, place: Workplace) -> Scenario:
         {**copy.deepcopy(one), "name": f"{one['type']} adaptive", "adaptive": True, "draws": 2}
         for one in attacks
     ]
-    options = COMPRESSOR_OPTIONS.get(name, {"retention": 0.25})
     path = place.folder / "everything.yaml"
     head = {
         "name": "everything",
         "seed": 0,
-        "targets": [{"type": "scenes"} if name in TRAINED else tiny],
+        "targets": [{"type": "scenes"} if trained else tiny],
         "surrogates": [{"type": "scenes", "checkpoint": "scenes-b"}],
-        "dataset": scenes if name in TRAINED else data,
+        "dataset": scenes if trained else data,
+        "calibration": {"type": "scenes", "split": "validation", "samples": 6},
         "epsilons": [0.06],
         "checks": {"repeat": 0},  # that attacks repeat is tested elsewhere; here it costs thrice
-        "compressions": [{"type": name, **options}],
+        "compressions": [
+            {"type": one, **COMPRESSOR_OPTIONS.get(one, {"retention": 0.25})} for one in names
+        ],
         "attacks": [*attacks, *adaptive],
-        "defenses": [{"type": one, **DEFENSE_OPTIONS.get(one, {})} for one in DEFENSES],
+        "defenses": [
+            {"type": one, **defense_options(one, place, trained=trained)} for one in DEFENSES
+        ],
     }
     path.write_text(yaml.safe_dump(head, sort_keys=False))
     return load_scenario(path)
@@ -88,7 +101,7 @@ def planned(whole: Scenario, attack: Method, defense: Method) -> tuple[tuple[Ima
         return (), error.problems[0].message
 
 
-def check(place: Workplace, whole: Scenario, pairs: Sequence[tuple[str, str]]) -> int:
+def check(folder: Path, whole: Scenario, pairs: Sequence[tuple[str, str]]) -> int:
     """Plan each pair of attack and defence, run those that are accepted, look for errors."""
     plain = {one.type: one for one in whole.attacks if not one.adaptive}
     adapting = {one.type: one for one in whole.attacks if one.adaptive}
@@ -101,7 +114,7 @@ def check(place: Workplace, whole: Scenario, pairs: Sequence[tuple[str, str]]) -
                 groups += found
                 break
             assert len(why) > 30, "a refusal says why"
-    run(place.folder / "run", whole, groups)
+    run(folder, whole, groups)
     return len(groups)
 
 
@@ -118,7 +131,7 @@ def run(folder: Path, whole: Scenario, groups: Sequence[ImageGroup]) -> None:
     some = replace(whole, defenses=tuple(one for one in whole.defenses if one.label in used))
     plan = Plan(some, tuple(merged))
     samples = some.dataset.create().open()
-    engine = LocalEngine(plan, samples, "cpu")
+    engine = LocalEngine(plan, samples, "cpu", calibration=open_calibration(some, samples))
     identity = engine.prepare()
     with RunStore.create(folder, make_manifest(plan, samples, identity)) as store:
         for unit in plan.units(len(samples)):
@@ -130,22 +143,34 @@ def run(folder: Path, whole: Scenario, groups: Sequence[ImageGroup]) -> None:
                 assert trial.answers is not None
 
 
+@pytest.fixture(scope="module")
+def scenarios(
+    model_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Scenario]:
+    """By compressor, a scenario with it and all else."""
+    place = Workplace.build(tmp_path_factory.mktemp("combined"), model_folder, data_folder)
+    found = {}
+    for some in ([one for one in COMPRESSORS if one not in TRAINED], TRAINED):
+        whole = everything(some, place)
+        for one in whole.compressions:
+            found[one.type] = replace(whole, compressions=(one,))
+    return found
+
+
 @pytest.mark.parametrize("name", COMPRESSORS)
-def test_every_pair(name: str, workplace: Workplace) -> None:
-    whole = everything(name, workplace)
+def test_every_pair(name: str, scenarios: dict[str, Scenario], tmp_path: Path) -> None:
     index = COMPRESSORS.index(name)
     pairs = [
         (ATTACKS[(index + place) % len(ATTACKS)], guard) for place, guard in enumerate(DEFENSES)
     ]
-    assert check(workplace, whole, pairs) > 0
+    assert check(tmp_path / "run", scenarios[name], pairs) > 0
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("hit", ATTACKS)
 @pytest.mark.parametrize("name", COMPRESSORS)
-def test_everything(name: str, hit: str, workplace: Workplace) -> None:
-    whole = everything(name, workplace)
-    check(workplace, whole, [(hit, guard) for guard in DEFENSES])
+def test_everything(name: str, hit: str, scenarios: dict[str, Scenario], tmp_path: Path) -> None:
+    check(tmp_path / "run", scenarios[name], [(hit, guard) for guard in DEFENSES])
 
 
 def test_every_pair_is_met() -> None:
