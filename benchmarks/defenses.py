@@ -12,7 +12,7 @@ it is in a model of 7B parameters (2 %); LLaVA-1.5's, ``--vocabulary 32064``, is
 this width.
 
 With one thread, seconds are the processor's, which other jobs on the machine disturb little.
-``--update`` replaces the run of this model, batch and vocabulary in the results and keeps others.
+``--update`` replaces the run of the same model and batch in the results and keeps the others.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -111,11 +112,11 @@ def main() -> None:
     names = [name for name in arguments.only.split(";") if name] or list(METHODS)
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     times = measured(lvlm, asked, names, arguments.tokens, arguments.repeats, clock)
-    command = " ".join(["python benchmarks/defenses.py", *sys.argv[1:]])
+    words = ["benchmarks/defenses.py", *sys.argv[1:]]
     run = {
         "model": arguments.model,
         "batch": arguments.batch,
-        "command": command,
+        "command": shlex.join(["python", *words]),
         "layers": len(lvlm.family.layers),
         "vocabulary": int(lvlm.family.model.config.text_config.vocab_size),
         "prompt_tokens": prompt_of(lvlm, asked)["input_ids"].shape[1],
@@ -278,11 +279,11 @@ def keep(out: Path, run: dict[str, Any], *, update: bool) -> None:
     runs = []
     if update and out.is_file():
         runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
-        parts = ("model", "batch", "vocabulary")
+        parts = ("model", "layers", "batch", "vocabulary")
         runs = [one for one in runs if any(one[part] != run[part] for part in parts)]
     out.parent.mkdir(parents=True, exist_ok=True)
     runs = sorted(
-        [*runs, run], key=lambda one: (one["model"] != "wide", one["vocabulary"], one["batch"])
+        [*runs, run], key=lambda one: (one["model"] != "wide", -one["layers"], one["batch"])
     )
     out.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
