@@ -1,7 +1,7 @@
 """Tokens per second of every decoding defence, against greedy decoding and beam search.
 
-``python benchmarks/defenses.py`` times whole answers (vision tower, prefill, 64 new tokens) of one
-model in one run, all methods in turn, round after round, so that a machine that slows down slows
+``python benchmarks/decoding_speed.py`` times whole answers (vision tower, prefill, 64 new tokens)
+of one model in one run, all methods in turn, round after round, so that a machine that slows down slows
 all of them. No token ends an answer, so that all decode equally many. Ratios are taken within a
 round; what is read is their median. ``decode`` leaves out all up to the first token.
 
@@ -29,29 +29,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-# Python puts the folder of a script in front, and there this file hides the package `defenses`.
-sys.path.remove(str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT))
+import torch
+from compression import SHAPES, random_llava
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+from defenses.beam import BeamSearch
+from defenses.dola import DoLa
+from defenses.icd import ICD
+from defenses.m3id import M3ID
+from defenses.pai import PAI
+from defenses.sid import SID
+from defenses.vasparse import VASparse
+from defenses.vcd import VCD
+from targets.decoding import Decoding
+from targets.decoding.assembly import Asked
+from targets.decoding.search import Ends
+from targets.lvlm import LVLM
+from targets.scenes import load_scenes
 
-from benchmarks.compression import SHAPES, random_llava  # noqa: E402
-from defenses.beam import BeamSearch  # noqa: E402
-from defenses.dola import DoLa  # noqa: E402
-from defenses.icd import ICD  # noqa: E402
-from defenses.m3id import M3ID  # noqa: E402
-from defenses.pai import PAI  # noqa: E402
-from defenses.sid import SID  # noqa: E402
-from defenses.vasparse import VASparse  # noqa: E402
-from defenses.vcd import VCD  # noqa: E402
-from targets.decoding import Decoding  # noqa: E402
-from targets.decoding.assembly import Asked  # noqa: E402
-from targets.decoding.search import Ends  # noqa: E402
-from targets.lvlm import LVLM  # noqa: E402
-from targets.scenes import load_scenes  # noqa: E402
-
+OUT = Path(__file__).resolve().parent / "results" / "decoding_speed.json"
 METHODS: dict[str, Decoding | None] = {
     "greedy": BeamSearch(beams=1),
     "transformers greedy": None,
@@ -101,7 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="methods, separated by semicolons; default: all")
     parser.add_argument("--update", action="store_true", help="keep other rows of the results")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/defenses.json")
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.model == "wide":
@@ -112,7 +108,7 @@ def main() -> None:
     names = [name for name in arguments.only.split(";") if name] or list(METHODS)
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     times = measured(lvlm, asked, names, arguments.tokens, arguments.repeats, clock)
-    words = ["benchmarks/defenses.py", *sys.argv[1:]]
+    words = ["benchmarks/decoding_speed.py", *sys.argv[1:]]
     run = {
         "model": arguments.model,
         "batch": arguments.batch,
