@@ -1,8 +1,8 @@
 """Tokens per second of every decoding defence, against greedy decoding and beam search.
 
 ``python benchmarks/decoding_speed.py`` times whole answers (vision tower, prefill, 64 new tokens)
-of one model in one run, all methods in turn, round after round, so that a machine that slows down slows
-all of them. No token ends an answer, so that all decode equally many. Ratios are taken within a
+of one model in one run, all methods in turn, round after round, so that a machine that slows down
+slows all of them. No token ends an answer, so that all decode equally many. Ratios are taken within a
 round; what is read is their median. ``decode`` leaves out all up to the first token.
 
 Models: ``wide`` is a LLaVA of random weights with LLaVA-1.5's prompt length (576 visual tokens),

@@ -302,7 +302,7 @@ def _cells(name: str, line: Line, plain: Sequence[str]) -> list[str]:
     return [
         name,
         line.badge or ("control" if name == "none" else "UNVERIFIED (upper bound)"),
-        str(len(any_cell.rows)),
+        str(min(len(cell.rows) for cell in line.defense.values())),
         clean("full_clean"),
         clean("compressed_clean"),
         *(of_attack(line.defense, attack, "csfr") for attack in plain),
@@ -339,7 +339,8 @@ def page(folders: Sequence[Path], missing: Sequence[str]) -> str:
 
 Made by `python benchmarks/results_defenses.py` from `{SCENARIO}`; do not edit.
 {lacking}
-{len(first["samples"])} samples of the held-out test split, one question a picture;
+{len(first["samples"])} samples of the held-out test split, one question a picture
+(*n* is what the least measured attack of a row has; the others of that row may have more);
 seed {first["seed"]}; device {identity.get("device", "unknown")};
 ε·255 = {", ".join(f"{one:g}" for one in epsilons)}; measured {measured}. Read
 [what a result is worth](../defenses.md#what-a-result-is-worth) first.
