@@ -2,8 +2,8 @@
 
 ``python benchmarks/decoding_speed.py`` times whole answers (vision tower, prefill, 64 new tokens)
 of one model in one run, all methods in turn, round after round, so that a machine that slows down
-slows all of them. No token ends an answer, so that all decode equally many. Ratios are taken within a
-round; what is read is their median. ``decode`` leaves out all up to the first token.
+slows all of them. No token ends an answer, so that all decode equally many. Ratios are taken within
+a round; what is read is their median. ``decode`` leaves out all up to the first token.
 
 Models: ``wide`` is a LLaVA of random weights with LLaVA-1.5's prompt length (576 visual tokens),
 wide enough for arithmetic to outweigh Python; ``scenes`` the trained scenes LVLM, where it is the
