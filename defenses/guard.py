@@ -12,6 +12,7 @@ from defenses.encoder import EncoderDefense
 from defenses.fallback import FallbackDefense
 from defenses.selection import SelectionDefense
 from targets.compression.base import Compressor
+from targets.decoding.assembly import taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Guard:
             reason = None if one is None else one.refuses(compressor)
             if reason is not None:
                 return reason
-        return None
+        return None if self.decoding is None else taken(self.decoding, compressor)
 
     def protect(self, compressor: Compressor, salt: int = 0) -> Compressor:
         """The compressor with every part of the selection in it.

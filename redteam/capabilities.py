@@ -101,6 +101,7 @@ def _unprotected(scenario: Scenario) -> list[Problem]:
     for defense in scenario.defenses:
         if defense.signature.facts.get("kind") not in (
             "selection",
+            "decoding",
             "fallback",
             "stack",
             "detector",

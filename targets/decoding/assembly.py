@@ -137,16 +137,22 @@ def check(method: Decoding, family: Family, compressor: Compressor | None = None
         )
     if reason is None and method.beams < 1:
         reason = f"beams is {method.beams}; give 1 for greedy decoding, or more"
-    parts = () if compressor is None else parts_of(compressor)
-    inside = [one.name for one in parts if one.stage is Stage.ATTENTION]
-    rules = (method.attention(), *(one.attention for one in method.views()))
-    if reason is None and inside and any(rule is not None for rule in rules):
-        reason = (
-            f"it changes the attention of the language model, which compressor {inside[0]} has "
-            "taken over; use another compressor"
-        )
+    if reason is None and compressor is not None:
+        reason = taken(method, compressor)
     if reason is not None:
         raise TargetError(f"decoding {method.name}: {reason}")
+
+
+def taken(method: Decoding, compressor: Compressor) -> str | None:
+    """Why a method cannot change attention because a compressor does; None if it can."""
+    inside = [one.name for one in parts_of(compressor) if one.stage is Stage.ATTENTION]
+    rules = (method.attention(), *(one.attention for one in method.views()))
+    if not inside or all(rule is None for rule in rules):
+        return None
+    return (
+        f"it changes the attention of the language model, which compressor {inside[0]} has taken "
+        "over; use another compressor"
+    )
 
 
 def disturbed(inputs: dict[str, Tensor], view: View, seeds: Sequence[int]) -> dict[str, Tensor]:
