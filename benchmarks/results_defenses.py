@@ -269,8 +269,8 @@ def halved(line: Line) -> str:
 def table(compression: str, lines: Mapping[tuple[str, str], Line]) -> str:
     """All defences on one compression."""
     here = {name[1]: line for name, line in lines.items() if name[0] == compression}
-    first = next(iter(here.values()))
-    plain = [name for name, cell in first.control.items() if not cell.adaptive and name != NOISE]
+    widest = max((line.control for line in here.values()), key=len)
+    plain = [name for name, cell in widest.items() if not cell.adaptive and name != NOISE]
     titles = ["defence", "badge", "n", "clean full", "clean compressed"]
     titles += [f"CSFR {name}" for name in plain]
     titles += ["CSFR adaptive", "CSFR worst case", "left of undefended"]
@@ -325,7 +325,8 @@ def page(folders: Sequence[Path], missing: Sequence[str]) -> str:
     lines: dict[tuple[str, str], Line] = {}
     for folder in folders:
         for name, line in lines_of(folder).items():
-            lines.setdefault(name, line)
+            if name not in lines or len(line.control) > len(lines[name].control):
+                lines[name] = line
     first = manifests[0]
     identity = first["provenance"].get("identity", {})
     compressions = list(dict.fromkeys(name[0] for name in lines))
