@@ -21,10 +21,7 @@ def thickness(size: tuple[int, int], width: float) -> int:
         size: height and width of the picture.
         width: share of the shorter side, in (0, 0.5]; at least one pixel.
     """
-    side = min(size)
-    thick = max(1, round(width * side))
-    # Rounding up may not close a frame that is meant to leave an inside.
-    return min(thick, max(1, (side - 1) // 2)) if width < 0.5 else thick
+    return max(1, round(width * min(size)))
 
 
 def frame(images: Tensor, width: float) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attacks import Attack, Noise, TransferCAA
+from attacks.errors import AttackError
 from attacks.transfer.borders import frame, framed, inside_of, thickness
 from targets.base import Knowledge
 from tests.fakes import FakeSurrogates, FakeView, make_batch
@@ -56,10 +58,14 @@ def test_transfer_caa(
 
 
 @given(st.integers(3, 200), st.integers(3, 200), BORDERS)
-def test_a_frame_leaves_an_inside(height: int, breadth: int, width: float) -> None:
+def test_a_frame_leaves_an_inside_or_is_refused(height: int, breadth: int, width: float) -> None:
     top, left, bottom, right = inside_of((height, breadth), width)
     thick = thickness((height, breadth), width)
     assert 1 <= thick <= max(1, round(width * min(height, breadth)))
+    if 2 * thick >= min(height, breadth):  # rounding closes the frame of a tiny picture
+        with pytest.raises(AttackError, match="of the shorter side"):
+            framed(torch.zeros(1, 3, height, breadth), width)
+        return
     assert top < bottom
     assert left < right
     shape = framed(torch.zeros(1, 3, height, breadth), width).shape
