@@ -20,7 +20,7 @@ from torch import Tensor
 from defenses.base import Defense, DefenseError
 from defenses.fingerprint import pipeline
 from defenses.guard import Guard
-from defenses.selection import SelectionDefense, ViewConsensus, drawn
+from defenses.selection import ViewConsensus, drawn
 from defenses.voting import majority
 from targets.base import CALLS, ImageView, Knowledge, Ranking, includes
 from targets.compression.base import Compressor
@@ -78,7 +78,7 @@ def passes_of(defense: Defense, draws: int) -> int:
         draws: of its randomness in each call, ≥ 1; without effect where it has none.
     """
     guard = Guard.of(defense)
-    looks = sum(one.looks for one in _in_the_graph(guard))
+    looks = sum(one.looks for one in guard.attacked_selections)
     branches = 0 if guard.decoding is None else len(guard.decoding.views())
     return (1 + looks) * (1 + branches) * (draws if _random(defense, guard) else 1)
 
@@ -120,21 +120,16 @@ def defended(
     calls = {
         name: through.call(name) for name, needed in CALLS.items() if includes(knowledge, needed)
     }
+    every = passes_of(defense, draws)
 
     def passes_in(name: str, given: Mapping[str, Any]) -> int:
-        return through.fewer(name, given) or passes_of(defense, draws)
+        return through.fewer(name, given) or every
 
     return cast(ImageView, DefendedView(knowledge, calls, passes_in, through.pipeline))
 
 
-def _in_the_graph(guard: Guard) -> tuple[SelectionDefense, ...]:
-    """What changes the selection in an attack's graph: a fall-back has a stand-in there."""
-    stand_in = None if guard.fallback is None else guard.fallback.stand_in()
-    return guard.selections if stand_in is None else (*guard.selections, stand_in)
-
-
 def _random(defense: Defense, guard: Guard) -> bool:
-    return defense.draws or any(one.draws for one in _in_the_graph(guard))
+    return defense.draws or any(one.draws for one in guard.attacked_selections)
 
 
 class _Through:
@@ -154,7 +149,7 @@ class _Through:
     ) -> None:
         self._make, self._compressor, self._layout = make, compressor, layout
         guard = Guard.of(defense)
-        self._guard = replace(guard, selections=_in_the_graph(guard))
+        self._guard = replace(guard, selections=guard.attacked_selections)
         self._random, self._draws = _random(defense, guard), draws
         drawing = (guard.decoding, *guard.inputs)
         self._everywhere_alike = not any(one is not None and one.draws for one in drawing)

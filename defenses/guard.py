@@ -64,6 +64,12 @@ class Guard:
         """Whether the clean picture's own selection is imposed on the attacked one."""
         return any(one.clean_ranking for one in self.selections)
 
+    @property
+    def attacked_selections(self) -> tuple[SelectionDefense, ...]:
+        """What changes the selection in an attack's graph: a fall-back has a stand-in there."""
+        stand_in = None if self.fallback is None else self.fallback.stand_in()
+        return self.selections if stand_in is None else (*self.selections, stand_in)
+
     def acts(self, *, compressed: bool) -> bool:
         """Whether it changes an answer on a path; the selection is of the compressed one only."""
         everywhere = (self.encoder, self.decoding, *self.inputs)

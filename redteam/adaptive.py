@@ -92,10 +92,7 @@ def obstacle(attack: Method, defense: Method) -> str | None:
 
 def _out_of_sight(attack: Attack, guard: Guard) -> str | None:
     """A selection defence is in the compressor, or in how the tower's attention is read."""
-    hidden = [one for one in guard.selections if not one.looks_again]
-    if guard.fallback is not None:
-        stand_in = guard.fallback.stand_in()
-        hidden += [stand_in] if stand_in is not None and not stand_in.looks_again else []
+    hidden = [one for one in guard.attacked_selections if not one.looks_again]
     if attack.needs.value == "encoder":
         if not hidden:
             return None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from redteam.adaptive import NONE
 from redteam.scenario import Method
 from reports.records import DefenseFacts, PartFacts
 
 if TYPE_CHECKING:
     from defenses.base import Defense
-
-_NONE = "none"
 
 
 def facts_of(method: Method) -> DefenseFacts | None:
@@ -19,7 +18,7 @@ def facts_of(method: Method) -> DefenseFacts | None:
     Raises:
         ScenarioError: if its class refuses its options.
     """
-    if method.type == _NONE:
+    if method.type == NONE:
         return None
     from defenses.fingerprint import fingerprint
 

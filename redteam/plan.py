@@ -157,10 +157,10 @@ def make_plan(scenario: Scenario) -> Plan:
         for attack in scenario.attacks
         for group in _groups(scenario, target, attack)
     ]
-    return Plan(scenario, tuple(_merged(groups)))
+    return Plan(scenario, tuple(merged(groups)))
 
 
-def _merged(groups: Sequence[ImageGroup]) -> Iterator[ImageGroup]:
+def merged(groups: Sequence[ImageGroup]) -> Iterator[ImageGroup]:
     """Groups without those that would make the same images again.
 
     Against no defence an adaptive attack is the attack itself, so where both are listed one image

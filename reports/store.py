@@ -181,12 +181,7 @@ class RunStore:
         Raises:
             StoreError: if it is missing or is no longer what was stored.
         """
-        path = self.image_path(name)
-        with explained("read", path):
-            data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != name:
-            raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
-        return data
+        return _verified(self.image_path(name), name)
 
     def calibrations(self) -> list[Calibration]:
         """What detectors were calibrated with so far; empty without any.
@@ -236,12 +231,7 @@ class RunStore:
         Raises:
             StoreError: if it is missing or is no longer what was stored.
         """
-        path = self._state_path(name)
-        with explained("read", path):
-            data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != name:
-            raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
-        return data
+        return _verified(self._state_path(name), name)
 
     def _state_path(self, name: str) -> Path:
         return self.folder / STATES / f"{name}.safetensors"
@@ -282,6 +272,15 @@ class RunStore:
     def _writable(self) -> None:
         if self._lock is None:
             raise StoreError(f"{self.folder} is open for reading only; use RunStore.open")
+
+
+def _verified(path: Path, name: str) -> bytes:
+    """Bytes of a file that is named after its content."""
+    with explained("read", path):
+        data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != name:
+        raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
+    return data
 
 
 def differences(stored: Manifest, now: Manifest) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from shifted import shifted_scores
 from torch import Tensor
 
 from attacks.caa import CAA
@@ -27,7 +28,7 @@ from defenses.score_smoothing import ScoreSmoothing
 from defenses.selection import Protected, SelectionDefense, rank_quantiles
 from defenses.sid import SID
 from defenses.stack import Stack
-from defenses.translation_consensus import TranslationConsensus, translated
+from defenses.translation_consensus import TranslationConsensus
 from defenses.vasparse import VASparse
 from targets import passes
 from targets.base import Batch, Knowledge, Ranking
@@ -131,18 +132,10 @@ def test_at_nothing_it_is_no_defence(name: str, kind: str, target: LVLM, images:
 @pytest.mark.parametrize("plain", [FasterVLM(keep_tokens=9), FastV(layer=2, keep_tokens=9)])
 def test_consensus_of_the_whole_model(plain: Compressor, target: LVLM, images: Tensor) -> None:
     """Four pictures ranked one by one, moved back by the middle of two tokens, top K."""
-    view: Any = target.view(Knowledge.COMPRESSED, plain)
-    side, half = 6, tiny.PATCH // 2
-    found = []
-    for down, right in ((0, 0), (0, half), (half, 0), (half, half)):
-        moved = torch.stack([translated(image, down, right) for image in images])
-        score = view.rank(moved, QUESTIONS).score.view(COUNT, side, side)
-        if down:
-            score = (score + torch.cat([score[:, 1:], score[:, -2:-1]], 1)) / 2
-        if right:
-            score = (score + torch.cat([score[:, :, 1:], score[:, :, -2:-1]], 2)) / 2
-        score = score.flatten(1)
-        found.append(rank_quantiles(score, torch.ones_like(score, dtype=torch.bool)))
+    found = [
+        rank_quantiles(score, torch.ones_like(score, dtype=torch.bool))
+        for score in shifted_scores(target, plain, images, QUESTIONS)
+    ]
     wanted = torch.stack(found).mean(0)
     one = TranslationConsensus().protect(plain)
     answered = target.answer(images, QUESTIONS, compressor=one, max_new_tokens=1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from shifted import shifted_scores
 from torch import Tensor
 
 from attacks.caa import CAA
@@ -19,7 +20,7 @@ from defenses.guard import Guard
 from defenses.hybrid import Hybrid
 from defenses.rank_margin import RankMargin, calibrated, larger
 from defenses.selection import Protected
-from defenses.translation_consensus import TranslationConsensus, translated
+from defenses.translation_consensus import TranslationConsensus
 from targets.base import Batch, Knowledge
 from targets.compression import FasterVLM, FastV, Random, VisionZip
 from targets.compression.base import Compressor
@@ -70,17 +71,9 @@ def test_it_falls_back_below_the_threshold(
 def test_the_overlap_of_the_whole_model(target: LVLM, images: Tensor) -> None:
     """Four pictures ranked one by one, moved back by the middle of two tokens, K best, pairs."""
     plain = FasterVLM(keep_tokens=9)
-    view: Any = target.view(Knowledge.COMPRESSED, plain)
-    side, half = 6, tiny.PATCH // 2
     sets = []
-    for down, right in ((0, 0), (0, half), (half, 0), (half, half)):
-        moved = torch.stack([translated(image, down, right) for image in images])
-        score = view.rank(moved, QUESTIONS).score.view(COUNT, side, side)
-        if down:
-            score = (score + torch.cat([score[:, 1:], score[:, -2:-1]], 1)) / 2
-        if right:
-            score = (score + torch.cat([score[:, :, 1:], score[:, :, -2:-1]], 2)) / 2
-        best = score.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :9]
+    for score in shifted_scores(target, plain, images, QUESTIONS):
+        best = score.argsort(dim=1, descending=True, stable=True)[:, :9]
         sets.append([set(row) for row in best.tolist()])
     wanted = []
     for row in range(COUNT):

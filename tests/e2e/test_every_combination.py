@@ -21,7 +21,7 @@ from redteam.calibrating import open_calibration
 from redteam.catalog import BUILTIN
 from redteam.engines.local import LocalEngine
 from redteam.errors import ScenarioError
-from redteam.plan import ImageGroup, Plan, make_plan
+from redteam.plan import ImageGroup, Plan, make_plan, merged
 from redteam.runner import make_manifest
 from redteam.scenario import Method, Scenario, load_scenario
 from reports.store import RunStore
@@ -133,16 +133,9 @@ def check(folder: Path, whole: Scenario, pairs: Sequence[tuple[str, str]]) -> in
 
 def run(folder: Path, whole: Scenario, groups: Sequence[ImageGroup]) -> None:
     """All cells of these groups; none may end in an error."""
-    by_id: dict[str, list[ImageGroup]] = {}
-    for group in groups:
-        by_id.setdefault(group.id, []).append(group)
-    merged = [
-        replace(same[0], cells=tuple(cell for group in same for cell in group.cells))
-        for same in by_id.values()
-    ]
-    used = {cell.defense.label for group in merged for cell in group.cells}
+    used = {cell.defense.label for group in groups for cell in group.cells}
     some = replace(whole, defenses=tuple(one for one in whole.defenses if one.label in used))
-    plan = Plan(some, tuple(merged))
+    plan = Plan(some, tuple(merged(groups)))
     samples = some.dataset.create().open()
     engine = LocalEngine(plan, samples, "cpu", calibration=open_calibration(some, samples))
     identity = engine.prepare()
