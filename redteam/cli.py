@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -99,6 +100,9 @@ def run(
     limit: Limit = None,
     seed: Seed = None,
     shard: ShardOf = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went; a little slower.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a scenario and report the verdict; with --shard, run a part of it.
@@ -116,17 +120,19 @@ def run(
         with console.status("loading …"):
             from redteam import runner
             from redteam.output import show_run
+            from redteam.profiling import Profile
             from redteam.progress import RunProgress
             from redteam.sharding import Shard
 
             part = None if shard is None else Shard.parse(shard)
         folder = out or runner.default_folder(checked, part)
-        with RunProgress(console) as progress:
-            finished = runner.run(checked, folder, progress, part)
+        clocks = Profile() if profile else None
+        with RunProgress(console) as progress, clocks or nullcontext():
+            finished = runner.run(checked, folder, progress, part, clocks)
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None
-    show_run(finished, as_json=as_json)
+    show_run(finished, as_json=as_json, profile=None if clocks is None else clocks.as_json())
     code = ExitCode.PASS if finished.built is None else finished.built.exit_code
     raise typer.Exit(ExitCode.INTERRUPTED if finished.interrupted else code)
 
