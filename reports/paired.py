@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from reports.exact import at_least
 from reports.statistics import Estimate, normal_quantile
@@ -41,11 +43,14 @@ class PairedTable:
         """Rate of the first less that of the second."""
         return (self.only_first - self.only_second) / self.n
 
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """Both, only first, only second, neither: ``[4]``."""
+        return np.array([self.both, self.only_first, self.only_second, self.neither], np.float64)
+
     def scaled(self, n: float) -> PairedTable:
         """The same shares of another number of pairs."""
-        share = n / self.n
-        counts = (self.both, self.only_first, self.only_second, self.neither)
-        return PairedTable(*(count * share for count in counts))
+        return PairedTable(*(self.counts * (n / self.n)).tolist())
 
 
 def newcombe(table: PairedTable, confidence: float = 0.95) -> Estimate:
@@ -64,33 +69,48 @@ def newcombe(table: PairedTable, confidence: float = 0.95) -> Estimate:
     """
     if table.n == 0:
         return Estimate(None, None, None, 0)
-    n, z = table.n, normal_quantile(confidence)
-    first, second = table.both + table.only_first, table.both + table.only_second
-    below_1, above_1 = _wilson_reach(first / n, n, z)
-    below_2, above_2 = _wilson_reach(second / n, n, z)
-    phi, d = _correlation(table, first, second), table.difference
-    low = d - math.sqrt(max(0.0, below_1**2 - 2 * phi * below_1 * above_2 + above_2**2))
-    high = d + math.sqrt(max(0.0, above_1**2 - 2 * phi * above_1 * below_2 + below_2**2))
-    return Estimate(d, max(-1.0, low), min(1.0, high), round(n))
+    low, high = newcombe_ends(table.counts, normal_quantile(confidence))
+    return Estimate(table.difference, float(low), float(high), round(table.n))
 
 
-def _wilson_reach(p: float, n: float, z: float) -> tuple[float, float]:
+def newcombe_ends(counts: NDArray[np.float64], z: float) -> NDArray[np.float64]:
+    """Ends of `newcombe` of many tables at once.
+
+    Args:
+        counts: both, only_first, only_second, neither, ``[4, …]``; no table is empty.
+        z: two-sided normal quantile.
+
+    Returns:
+        Lower and upper end, ``[2, …]``.
+    """
+    both, one, other, _ = counts
+    n = counts.sum(axis=0)
+    below_1, above_1 = _wilson_reach((both + one) / n, n, z)
+    below_2, above_2 = _wilson_reach((both + other) / n, n, z)
+    phi, d = _correlation(counts, n), (one - other) / n
+    down = below_1**2 - 2 * phi * below_1 * above_2 + above_2**2
+    up = above_1**2 - 2 * phi * above_1 * below_2 + below_2**2
+    low, high = d - np.sqrt(np.maximum(down, 0)), d + np.sqrt(np.maximum(up, 0))
+    return np.stack([np.maximum(low, -1), np.minimum(high, 1)])
+
+
+def _wilson_reach(
+    p: NDArray[np.float64], n: NDArray[np.float64], z: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How far Wilson's interval reaches below and above the rate."""
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(max(0.0, p * (1 - p)) / n + z * z / (4 * n * n))
-    return p - max(0.0, centre - half), min(1.0, centre + half) - p
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p - np.maximum(centre - half, 0), np.minimum(centre + half, 1) - p
 
 
-def _correlation(table: PairedTable, first: float, second: float) -> float:
-    """φ of the table, its numerator moved towards 0 by n/2 where it is positive."""
-    n = table.n
+def _correlation(counts: NDArray[np.float64], n: NDArray[np.float64]) -> NDArray[np.float64]:
+    """φ of the tables, its numerator moved towards 0 by n/2 where it is positive."""
+    both, one, other, neither = counts
+    first, second = both + one, both + other
     product = first * (n - first) * second * (n - second)
-    if product <= 0:
-        return 0.0
-    excess = table.both * table.neither - table.only_first * table.only_second
-    if excess > 0:
-        excess = max(0.0, excess - n / 2)
-    return excess / math.sqrt(product)
+    excess = both * neither - one * other
+    excess = np.where(excess > 0, np.maximum(excess - n / 2, 0), excess)
+    return np.where(product > 0, excess / np.sqrt(np.where(product > 0, product, 1)), 0)
 
 
 def sign_test(only_first: float, only_second: float) -> float:
