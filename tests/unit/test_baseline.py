@@ -154,6 +154,22 @@ def test_a_baseline_given_that_is_unlike_is_refused(tmp_path: Path) -> None:
         decided(run, tmp_path)
 
 
+def test_a_run_is_no_baseline_of_itself(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", {"c1": broken(0, 200)}, gates=[gate(tmp_path / "run")])
+    assert build_reports(run).exit_code == 4
+    assert "is the run itself" in (run / "summary.md").read_text()
+    with pytest.raises(ReportError, match="name an earlier run"):
+        build_reports(run, run)
+
+
+def test_a_self_check_stops_a_gate_on_a_change_too(tmp_path: Path) -> None:
+    doubted = [attacked(knowledge="white_box")]  # no noise beside it
+    base = write(tmp_path / "base", {"c1": broken(0, 200)}, cells=doubted)
+    run = write(tmp_path / "run", {"c1": broken(0, 200)}, cells=doubted, gates=[gate(base)])
+    found = decided(run)
+    assert (found["verdict"], found["cells"][0]["cause"]) == ("inconclusive", "doubt")
+
+
 def test_a_baseline_is_found_where_it_was_when_the_run_was_made(tmp_path: Path) -> None:
     base = write(tmp_path / "base", {"c1": broken(0, 200)})
     named = gate(None).model_copy(update={"baseline": "../base", "baseline_folder": str(base)})

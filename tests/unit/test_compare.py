@@ -147,6 +147,20 @@ def test_another_setting_is_what_is_compared(tmp_path: Path) -> None:
     assert found.exit_code is ExitCode.FAIL
 
 
+def test_other_seeds_and_answers_are_told(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", {"c1": broken(0, 40)}, scenario={})
+    run = write(
+        tmp_path / "run",
+        {"c1": broken(0, 40)},
+        seed=7,
+        scenario={"answers": {"max_new_tokens": 64}},
+    )
+    assert compare(Baseline.read(base), Baseline.read(run)).compared == [
+        "seed: 0 → 7",
+        "answers: default → {'max_new_tokens': 64}",
+    ]
+
+
 def rows(outcomes: list[str]) -> dict[str, Any]:
     return {f"s{i}": row_of(trial(f"s{i}", one)) for i, one in enumerate(outcomes)}
 
