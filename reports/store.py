@@ -6,6 +6,7 @@
 - ``calibration.json``, ``calibration/ab….safetensors``: scores of detectors on clean samples that
   are not tested, and what they learnt; in runs with detectors.
 - ``images/ab/ab….png``: images by the SHA-256 of their bytes.
+- ``profile.json``: where the time went, of sessions run with ``--profile``.
 - ``summary.json``, ``summary.md``, ``report.html``: made from these by `reports.build_reports`.
 """
 
@@ -27,6 +28,7 @@ from reports.records import Calibration, Manifest, Trial
 
 MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.jsonl", "images"
 CALIBRATION, STATES = "calibration.json", "calibration"
+PROFILE = "profile.json"
 SUMMARY, MARKDOWN, REPORT = "summary.json", "summary.md", "report.html"
 _LOCK = ".lock"
 _MISSING = "(absent)"
@@ -241,6 +243,31 @@ class RunStore:
         path = self.folder / SCENARIO
         with explained("read", path):
             return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def save_profile(self, found: dict[str, Any]) -> None:
+        """Add where the time of one session of this run went; a resumed run has several.
+
+        Raises:
+            StoreError: if the disk refuses, or the run was opened for reading only.
+        """
+        self._writable()
+        write_json(self.folder / PROFILE, {"schema": 1, "sessions": [*self.profiles(), found]})
+
+    def profiles(self) -> list[dict[str, Any]]:
+        """Where the time of each profiled session went; empty without any.
+
+        Raises:
+            StoreError: if the file cannot be read.
+        """
+        path = self.folder / PROFILE
+        if not path.exists():
+            return []
+        with explained("read", path):
+            text = path.read_text(encoding="utf-8")
+        try:
+            return list(json.loads(text)["sessions"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read: {error}; delete it") from error
 
     def write_summary(self, summary: dict[str, Any]) -> Path:
         """Write summary.json atomically and return its path."""
