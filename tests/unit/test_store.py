@@ -263,10 +263,14 @@ def test_what_failed_first_is_raised_not_what_failed_on_closing(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ZeroDivisionError), RunStore.open(folder, manifest()) as store:
-        monkeypatch.setattr(os, "fsync", full)
-        store.save_png(b"image")
-        raise ZeroDivisionError
+    def fail() -> None:
+        with RunStore.open(folder, manifest()) as store:
+            monkeypatch.setattr(os, "fsync", full)
+            store.save_png(b"image")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     monkeypatch.undo()
     RunStore.open(folder, manifest()).close()  # the lock was given back
 
