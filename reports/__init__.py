@@ -61,7 +61,7 @@ def build_reports(folder: Path) -> Built:
         ReportError: if manifest and ledger do not belong together.
     """
     from reports import defended, detection
-    from reports.findings import collect
+    from reports.findings import Gathered
     from reports.html import render
     from reports.markdown import render_markdown
     from reports.metrics import summarise
@@ -70,8 +70,10 @@ def build_reports(folder: Path) -> Built:
     from reports.verdict import ExitCode, Verdict
 
     store = RunStore.read(folder)
-    summary = summarise(store.manifest, store.trials(), store.calibrations())
-    found = collect(store)
+    gathered = Gathered(store.manifest)  # the ledger is read once for all of it
+    trials = gathered.watch(store.located())
+    summary = summarise(store.manifest, trials, store.calibrations())
+    found = gathered.pick(store)
     return Built(
         summary=store.write_summary(summary),
         markdown=store.write(MARKDOWN, render_markdown(store.manifest, summary, found)),

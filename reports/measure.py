@@ -7,13 +7,14 @@ metric and are counted apart. An empty denominator gives null, never 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from sys import intern
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.records import Diagnosis, Trial
+from reports.records import Demands, Diagnosis, Trial
 from reports.registry import METRICS
 from reports.statistics import (
     EMPTY,
@@ -50,6 +51,7 @@ _MEANS: dict[str, tuple[float, float] | None] = {
     "fallback_clean": (0, 1),
     "fallback_attacked": (0, 1),
 }
+_MEAN_PLACE = {name: index for index, name in enumerate(_MEANS)}
 
 
 class Row(NamedTuple):
@@ -83,6 +85,8 @@ class Row(NamedTuple):
     """Whether the clean and the attacked image were given more tokens than the compressor keeps."""
     watched: bool = False
     """A detector has scored both images."""
+    retention: float | None = None
+    """Share of the visual tokens that compression left of the clean image."""
 
     @property
     def failure(self) -> bool:
@@ -97,97 +101,134 @@ class Row(NamedTuple):
 
 def mean_value(row: Row, name: str) -> float | None:
     """What a row adds to a metric that is a mean."""
-    return row.means[list(_MEANS).index(name)]
+    return row.means[_MEAN_PLACE[name]]
+
+
+_PATHS: Final = ("clean_full", "clean_compressed", "attacked_full", "attacked_compressed")
+_right = attrgetter(*(f"{path}.correct" for path in _PATHS))
+_seconds_of = attrgetter(*(f"{path}.seconds" for path in _PATHS))
+_WRONG: Final = (False,) * len(_PATHS)
 
 
 def row_of(trial: Trial) -> Row:
     """Take from a trial what the metrics need."""
-    a, swap, distance = trial.answers, trial.swap, trial.distance
+    a, swap, distance, demands = trial.answers, trial.swap, trial.distance, trial.demands
+    right = _WRONG if a is None else _right(a)
     return Row(
-        image=trial.image,
-        kind=trial.kind,
+        # Every cell has the same samples: one string for all of them.
+        image=intern(trial.image),
+        kind=intern(trial.kind),
         error=a is None,
-        full_clean=a is not None and a.clean_full.correct,
-        compressed_clean=a is not None and a.clean_compressed.correct,
-        full_attacked=a is not None and a.attacked_full.correct,
-        compressed_attacked=a is not None and a.attacked_compressed.correct,
+        full_clean=right[0],
+        compressed_clean=right[1],
+        full_attacked=right[2],
+        compressed_attacked=right[3],
         recovered=swap.recovered if swap else None,
         reproduced=swap.reproduced if swap else None,
         diagnosis=swap.diagnosis if swap else None,
         linf=distance.linf if distance else None,
-        means=tuple(map(_mean_values(trial).get, _MEANS)),
-        sample=trial.sample,
-        codes=tuple(check.partition(":")[0] for check in trial.checks),
+        means=_mean_values(trial),
+        sample=intern(trial.sample),
+        codes=tuple([check.partition(":")[0] for check in trial.checks]),
         pipelines=_pipelines(trial),
-        seconds=_seconds(trial),
+        seconds=() if demands is None else _seconds_of(demands),
         traced=len(trial.loss) > 1,
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,
-        fallbacks=_fallbacks(trial),
+        fallbacks=_fallbacks(demands),
+        retention=_retention(trial),
     )
 
 
 def _pipelines(trial: Trial) -> tuple[str, str]:
     found = trial.pipelines
-    # The same two strings in a hundred thousand rows.
     return ("", "") if found is None else (intern(found.attacked), intern(found.deployed))
 
 
-def _fallbacks(trial: Trial) -> tuple[bool, bool]:
-    found = trial.demands
+def _fallbacks(found: Demands | None) -> tuple[bool, bool]:
     if found is None:
         return (False, False)
     return found.clean_compressed.fallback, found.attacked_compressed.fallback
 
 
-def _seconds(trial: Trial) -> tuple[float, ...]:
-    found = trial.demands
-    if found is None:
-        return ()
-    four = (found.clean_full, found.clean_compressed, found.attacked_full)
-    return tuple(one.seconds for one in (*four, found.attacked_compressed))
+def _retention(trial: Trial) -> float | None:
+    """Visual tokens that compression left of the clean image ÷ all of them; None if unknown."""
+    if trial.demands is not None and trial.demands.clean_full.tokens:
+        return trial.demands.clean_compressed.tokens / trial.demands.clean_full.tokens
+    if trial.tokens is None:
+        return None
+    rows, columns = trial.tokens.grid
+    every = rows * columns if trial.tokens.boxes is None else len(trial.tokens.boxes)
+    return len(trial.tokens.kept_clean) / every if every else None
 
 
-def _mean_values(trial: Trial) -> dict[str, float | None]:
-    """The values of a trial that metrics are means of."""
-    found: dict[str, float | None] = {}
-    for part in (trial.tokens, trial.distance):
-        found |= {name: getattr(part, name) for name in _MEANS if hasattr(part, name)}
-    if trial.demands is None:
-        return found
-    clean, hit = trial.demands.clean_compressed, trial.demands.attacked_compressed
-    found |= _grown("tokens", clean.tokens, hit.tokens)
-    found |= _grown("length_compressed", clean.generated, hit.generated)
-    found |= {"fallback_clean": float(clean.fallback), "fallback_attacked": float(hit.fallback)}
-    clean, hit = trial.demands.clean_full, trial.demands.attacked_full
-    return found | _grown("length_full", clean.generated, hit.generated)
+_TOKEN_MEANS: Final = (
+    "jaccard", "spearman", "kendall", "top_preserved", "bottom_infiltrated",
+    "evidence_kept_clean", "evidence_kept_attacked",
+)  # fmt: skip
+_DISTANCE_MEANS: Final = ("l2", "psnr")
+_of_tokens, _of_distance = attrgetter(*_TOKEN_MEANS), attrgetter(*_DISTANCE_MEANS)
+_NO_TOKENS: Final = (None,) * len(_TOKEN_MEANS)
+_NO_DISTANCE: Final = (None,) * len(_DISTANCE_MEANS)
+_NO_DEMANDS: Final = (None,) * (len(_MEANS) - len(_TOKEN_MEANS) - len(_DISTANCE_MEANS))
 
 
-def _grown(name: str, clean: int, attacked: int) -> dict[str, float | None]:
-    return {
-        f"{name}_clean": clean,
-        f"{name}_attacked": attacked,
-        f"{name}_growth": attacked / clean if clean else None,
-    }
+def _mean_values(trial: Trial) -> tuple[float | None, ...]:
+    """The values of a trial that metrics are means of, in the order of `_MEANS`."""
+    return (
+        *(_NO_TOKENS if trial.tokens is None else _of_tokens(trial.tokens)),
+        *(_NO_DISTANCE if trial.distance is None else _of_distance(trial.distance)),
+        *(_NO_DEMANDS if trial.demands is None else _of_demands(trial.demands)),
+    )
 
 
-_Test = Callable[[Row], bool | None]
+def _of_demands(found: Demands) -> tuple[float | None, ...]:
+    clean, hit = found.clean_compressed, found.attacked_compressed
+    return (
+        *_grown(clean.tokens, hit.tokens),
+        *_grown(found.clean_full.generated, found.attacked_full.generated),
+        *_grown(clean.generated, hit.generated),
+        float(clean.fallback),
+        float(hit.fallback),
+    )
 
-_PROPORTIONS: dict[str, tuple[_Test, _Test]] = {
-    # name: (event, denominator); the event is only asked of rows in the denominator
-    "acc_full_clean": (lambda r: r.full_clean, lambda r: True),
-    "acc_compressed_clean": (lambda r: r.compressed_clean, lambda r: True),
-    "acc_full_attacked": (lambda r: r.full_attacked, lambda r: True),
-    "acc_compressed_attacked": (lambda r: r.compressed_attacked, lambda r: True),
-    "csfr": (lambda r: r.failure, lambda r: r.full_clean and r.compressed_clean),
-    "cbr": (
-        lambda r: r.failure,
-        lambda r: r.full_clean and r.compressed_clean and r.full_attacked,
-    ),
-    "full_asr": (lambda r: not r.full_attacked, lambda r: r.full_clean),
-    "compressed_asr": (lambda r: not r.compressed_attacked, lambda r: r.compressed_clean),
-    "recovered": (lambda r: r.recovered, lambda r: r.failure and r.recovered is not None),
-    "reproduced": (lambda r: r.reproduced, lambda r: r.failure and r.reproduced is not None),
+
+def _grown(clean: int, attacked: int) -> tuple[float | None, ...]:
+    return clean, attacked, attacked / clean if clean else None
+
+
+Flags = NDArray[np.bool_]
+
+
+class _Flags:
+    """What is asked of many rows at once: each a column over the measured rows of a cell."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        four = np.array([row[3:7] for row in rows], dtype=np.bool_).reshape(len(rows), 4)
+        self.c, self.c_k, self.c_adv, self.c_k_adv = four.T
+        self.all = np.ones(len(rows), dtype=np.bool_)
+        self.failure = self.c & self.c_k & self.c_adv & ~self.c_k_adv
+        self.rows = rows
+
+    def swapped(self, name: str) -> tuple[Flags, Flags]:
+        """Failures of which a swap test says it, and of which it was asked."""
+        values = [getattr(row, name) for row in self.rows]
+        asked = np.array([value is not None for value in values], dtype=np.bool_)
+        return np.array([bool(value) for value in values], dtype=np.bool_), self.failure & asked
+
+
+_PROPORTIONS: dict[str, Callable[[_Flags], tuple[Flags, Flags]]] = {
+    # name: (event, denominator); an event counts within the denominator only
+    "acc_full_clean": lambda f: (f.c, f.all),
+    "acc_compressed_clean": lambda f: (f.c_k, f.all),
+    "acc_full_attacked": lambda f: (f.c_adv, f.all),
+    "acc_compressed_attacked": lambda f: (f.c_k_adv, f.all),
+    "csfr": lambda f: (f.failure, f.c & f.c_k),
+    "cbr": lambda f: (f.failure, f.c & f.c_k & f.c_adv),
+    "full_asr": lambda f: (~f.c_adv, f.c),
+    "compressed_asr": lambda f: (~f.c_k_adv, f.c_k),
+    "recovered": lambda f: f.swapped("recovered"),
+    "reproduced": lambda f: f.swapped("reproduced"),
 }
 OUTCOMES = (*list(_PROPORTIONS)[:8], *_BOOTSTRAP)
 """Metrics also given by kind of question."""
@@ -213,22 +254,33 @@ def measure(
     """
     wanted, measured = set(names), [row for row in rows if not row.error]
     found: dict[str, Estimate] = {}
+    flags = _Flags(measured)
     for name in wanted & _PROPORTIONS.keys():
-        event, eligible = _PROPORTIONS[name]
-        base = [row for row in measured if eligible(row)]
-        found[name] = wilson(sum(bool(event(row)) for row in base), len(base), confidence)
+        event, eligible = _PROPORTIONS[name](flags)
+        found[name] = wilson(int((event & eligible).sum()), int(eligible.sum()), confidence)
     if wanted.intersection(_BOOTSTRAP):
         found |= _bootstrapped(measured, seed, confidence)
-    for index, (name, bounds) in enumerate(_MEANS.items()):
-        if name in wanted:
-            pairs = [(row.means[index], row.image) for row in measured]
-            values = [value for value, _ in pairs if value is not None]
-            images = [image for value, image in pairs if value is not None]
-            found[name] = cluster_mean(values, images, confidence=confidence, bounds=bounds)
+    found |= _averaged(measured, wanted, confidence)
     if "linf" in wanted:
         sizes = [row.linf for row in measured if row.linf is not None]
         found["linf"] = Estimate(max(sizes), None, None, len(sizes)) if sizes else EMPTY
     return {name: found[name] for name in METRICS if name in wanted}
+
+
+def _averaged(rows: Sequence[Row], wanted: set[str], confidence: float) -> dict[str, Estimate]:
+    """Metrics that are means, each over the rows that have a value of it."""
+    found: dict[str, Estimate] = {}
+    images = [row.image for row in rows]
+    for name in wanted & _MEANS.keys():
+        index = _MEAN_PLACE[name]
+        values = [row.means[index] for row in rows]
+        if None in values:
+            kept = [(v, image) for v, image in zip(values, images, strict=True) if v is not None]
+            having, of = [value for value, _ in kept], [image for _, image in kept]
+        else:
+            having, of = [value for value in values if value is not None], images
+        found[name] = cluster_mean(having, of, confidence=confidence, bounds=_MEANS[name])
+    return found
 
 
 def _bootstrapped(rows: Sequence[Row], seed: int, confidence: float) -> dict[str, Estimate]:
@@ -263,13 +315,13 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``, images sorted."""
-    sums: dict[str, list[int]] = {}
-    for row in rows:
-        cluster = sums.setdefault(row.image, [0] * 5)
-        for index, one in enumerate((1, *row[3:7])):
-            cluster[index] += int(one)
-    return np.array([sums[image] for image in sorted(sums)], dtype=np.int64)
+    """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``."""
+    number: dict[str, int] = {}
+    images = [number.setdefault(row.image, len(number)) for row in rows]
+    counts = np.array([(1, *row[3:7]) for row in rows], dtype=np.int64)
+    table = np.zeros((len(number), 5), dtype=np.int64)
+    np.add.at(table, images, counts)
+    return table
 
 
 def _statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
