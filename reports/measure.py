@@ -197,38 +197,23 @@ def _grown(clean: int, attacked: int) -> tuple[float | None, ...]:
     return clean, attacked, attacked / clean if clean else None
 
 
-Flags = NDArray[np.bool_]
+_Test = Callable[[Row], bool | None]
 
-
-class _Flags:
-    """What is asked of many rows at once: each a column over the measured rows of a cell."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        four = np.array([row[3:7] for row in rows], dtype=np.bool_).reshape(len(rows), 4)
-        self.c, self.c_k, self.c_adv, self.c_k_adv = four.T
-        self.all = np.ones(len(rows), dtype=np.bool_)
-        self.failure = self.c & self.c_k & self.c_adv & ~self.c_k_adv
-        self.rows = rows
-
-    def swapped(self, name: str) -> tuple[Flags, Flags]:
-        """Failures of which a swap test says it, and of which it was asked."""
-        values = [getattr(row, name) for row in self.rows]
-        asked = np.array([value is not None for value in values], dtype=np.bool_)
-        return np.array([bool(value) for value in values], dtype=np.bool_), self.failure & asked
-
-
-_PROPORTIONS: dict[str, Callable[[_Flags], tuple[Flags, Flags]]] = {
-    # name: (event, denominator); an event counts within the denominator only
-    "acc_full_clean": lambda f: (f.c, f.all),
-    "acc_compressed_clean": lambda f: (f.c_k, f.all),
-    "acc_full_attacked": lambda f: (f.c_adv, f.all),
-    "acc_compressed_attacked": lambda f: (f.c_k_adv, f.all),
-    "csfr": lambda f: (f.failure, f.c & f.c_k),
-    "cbr": lambda f: (f.failure, f.c & f.c_k & f.c_adv),
-    "full_asr": lambda f: (~f.c_adv, f.c),
-    "compressed_asr": lambda f: (~f.c_k_adv, f.c_k),
-    "recovered": lambda f: f.swapped("recovered"),
-    "reproduced": lambda f: f.swapped("reproduced"),
+_PROPORTIONS: dict[str, tuple[_Test, _Test]] = {
+    # name: (event, denominator); the event is only asked of rows in the denominator
+    "acc_full_clean": (lambda r: r.full_clean, lambda r: True),
+    "acc_compressed_clean": (lambda r: r.compressed_clean, lambda r: True),
+    "acc_full_attacked": (lambda r: r.full_attacked, lambda r: True),
+    "acc_compressed_attacked": (lambda r: r.compressed_attacked, lambda r: True),
+    "csfr": (lambda r: r.failure, lambda r: r.full_clean and r.compressed_clean),
+    "cbr": (
+        lambda r: r.failure,
+        lambda r: r.full_clean and r.compressed_clean and r.full_attacked,
+    ),
+    "full_asr": (lambda r: not r.full_attacked, lambda r: r.full_clean),
+    "compressed_asr": (lambda r: not r.compressed_attacked, lambda r: r.compressed_clean),
+    "recovered": (lambda r: r.recovered, lambda r: r.failure and r.recovered is not None),
+    "reproduced": (lambda r: r.reproduced, lambda r: r.failure and r.reproduced is not None),
 }
 OUTCOMES = (*list(_PROPORTIONS)[:8], *_BOOTSTRAP)
 """Metrics also given by kind of question."""
@@ -254,10 +239,10 @@ def measure(
     """
     wanted, measured = set(names), [row for row in rows if not row.error]
     found: dict[str, Estimate] = {}
-    flags = _Flags(measured)
     for name in wanted & _PROPORTIONS.keys():
-        event, eligible = _PROPORTIONS[name](flags)
-        found[name] = wilson(int((event & eligible).sum()), int(eligible.sum()), confidence)
+        event, eligible = _PROPORTIONS[name]
+        base = [row for row in measured if eligible(row)]
+        found[name] = wilson(sum(bool(event(row)) for row in base), len(base), confidence)
     if wanted.intersection(_BOOTSTRAP):
         found |= _bootstrapped(measured, seed, confidence)
     found |= _averaged(measured, wanted, confidence)
@@ -315,12 +300,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``."""
-    number: dict[str, int] = {}
-    images = [number.setdefault(row.image, len(number)) for row in rows]
+    """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``, images sorted."""
+    place = {image: index for index, image in enumerate(sorted({row.image for row in rows}))}
+    table = np.zeros((len(place), 5), dtype=np.int64)
     counts = np.array([(1, *row[3:7]) for row in rows], dtype=np.int64)
-    table = np.zeros((len(number), 5), dtype=np.int64)
-    np.add.at(table, images, counts)
+    np.add.at(table, [place[row.image] for row in rows], counts)
     return table
 
 
