@@ -13,7 +13,7 @@ from reports.store import RunStore
 
 SHOWN = 24
 """Findings with whole pictures in one report."""
-LISTED = 400
+LISTED = 976
 """Further findings, folded and with small pictures; what is beyond is in the run folder."""
 ERRORS = 100
 """Errors listed."""
