@@ -27,6 +27,7 @@ class Findings:
         shown: with pictures, at most `SHOWN`, taken in turn from the cells.
         listed: of the others, at most `LISTED`.
         total: all compression-specific failures.
+        room: how many of them a report has room for.
         errors: trials that could not be measured, at most `ERRORS`.
         errors_total: all of them.
         checks: how often each self-check fired on a sample, by its code, with one message; what
@@ -36,6 +37,7 @@ class Findings:
     shown: tuple[Trial, ...]
     listed: tuple[Trial, ...]
     total: int
+    room: int
     errors: tuple[Trial, ...]
     errors_total: int
     checks: dict[str, tuple[int, str]]
@@ -97,6 +99,7 @@ class Gathered:
             shown=_read(store, (seen for _, seen in sorted(shown, key=lambda item: item[0]))),
             listed=_read(store, rest[:LISTED]),
             total=sum(map(len, groups)),
+            room=SHOWN + LISTED,
             errors=_read(store, (seen for _, seen in sorted(self._errors)[:ERRORS])),
             errors_total=len(self._errors),
             checks=dict(sorted(self._checks.items(), key=lambda item: (-item[1][0], item[0]))),

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reports import availability, defended, detection, taxonomy, text, transfer
-from reports.findings import LISTED, SHOWN, Findings
+from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
 from reports.html import charts, heat, retention, stages, tradeoff
 from reports.html.shown import briefs, views
@@ -45,6 +45,8 @@ RANKING = (
 
 
 _HASH = re.compile(r"[0-9a-f]{16,}")
+ROWS = 30
+"""Cells above which charts of a row each leave out those with a defence."""
 INTERVALS = {
     "proportion": "Wilson interval",
     "bootstrap": "percentile interval of a paired bootstrap over images",
@@ -67,6 +69,7 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         ours, that the policy names by its hash and that the page can do without.
     """
     manifest, cells = store.manifest, summary["cells"]
+    drawn = _drawn(cells)
     badges = {cell["id"]: cell["badge"] for cell in cells}
     labels = {cell.id: cell_label(cell, badges[cell.id]) for cell in manifest.cells}
     page = environment().get_template("report.html")
@@ -77,13 +80,14 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         summary=summary,
         statements=statements(summary),
         notes=notes(summary),
-        gap=charts.gap_chart(cells),
+        left_out=len(cells) - len(drawn),
+        gap=charts.gap_chart(drawn),
         stages=stages.STAGES,
-        stage_bars=stages.chart(cells),
-        retention=retention.retention_charts(manifest, cells),
+        stage_bars=stages.chart(drawn),
+        retention=retention.retention_charts(manifest, drawn),
         heat=heat.heat_maps(cells),
         trade_offs=tradeoff.trade_offs(summary),
-        accuracy=charts.accuracy_chart(cells),
+        accuracy=charts.accuracy_chart(drawn),
         budgets=charts.budget_charts(cells),
         survival=charts.survival_charts(cells),
         availability=availability.table(manifest, summary),
@@ -103,7 +107,6 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         findings=views(store, found.shown, labels),
         briefs=briefs(store, found.listed, labels, start=len(found.shown) + 1),
         shown_limit=SHOWN,
-        listed_limit=LISTED,
         causes=DIAGNOSIS,
         run=store.folder.name,
         hashes=list(_hashes(manifest)),
@@ -122,6 +125,12 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         ranking=RANKING,
         draws=DRAWS,
     )
+
+
+def _drawn(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Cells of the charts with a row for each; where these are many, those without a defence."""
+    plainly = [cell for cell in cells if cell["defense"] in ("", "none")]
+    return plainly if plainly and len(cells) > ROWS else cells
 
 
 def styled() -> dict[str, Markup | str]:

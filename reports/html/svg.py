@@ -254,7 +254,7 @@ def scatter(dots: Sequence[Dot], across: str, upwards: str) -> Markup:
         across: name of the horizontal axis.
         upwards: name of the vertical one.
     """
-    height, top, bottom = 240, 24, 190
+    height, top, bottom = 246, 34, 196
     ends = [value for dot in dots for value in dot.x]
     scale = _around(min(ends), max(ends))
 

@@ -1,7 +1,10 @@
 """The report and the Markdown of a drawn run, and of a run in which every string is hostile."""
 
+import base64
+import hashlib
 import html.parser
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from report_data import cell, manifest, swap, tokens, trial
 from synthetic_run import build
 
 import reports
-from reports.findings import SHOWN
+from reports.findings import SHOWN, collect
 from reports.markdown import LIMIT
 from reports.reading import compression_known
 from reports.records import Answer, Answers, GateSpec
@@ -97,22 +100,34 @@ def page(request: pytest.FixtureRequest) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_nothing_is_loaded_and_nothing_runs(page: str) -> None:
-    for tag, attributes in Page(page).tags:
-        assert tag not in {"script", "iframe", "object", "embed", "link", "base", "form", "img"}
+def test_nothing_is_loaded_and_nothing_of_the_data_runs(page: str) -> None:
+    tags = Page(page).tags
+    for tag, attributes in tags:
+        assert tag not in {"iframe", "object", "embed", "link", "base", "form", "img"}
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             assert name != "style", "the content security policy allows none"
             if name in {"href", "src", "xlink:href", "action"}:
                 assert re.match(r"#|data:image/(png|webp);base64,", value or ""), (tag, value)
+    assert [attributes for tag, attributes in tags if tag == "script"] == [{}], "ours, inline"
 
 
-def test_the_policy_is_strict_and_matches_the_style(page: str) -> None:
+@pytest.mark.parametrize("part", ["style", "script"])
+def test_the_policy_names_the_only_style_and_script_by_their_hashes(page: str, part: str) -> None:
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
     assert policy
-    assert "default-src 'none'" in policy[1]
+    assert policy[1].startswith("default-src 'none'; ")
     assert "unsafe" not in policy[1]
-    assert "script-src" not in policy[1], "falls back to none"
+    (inline,) = re.findall(rf"<{part}>(.*?)</{part}>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+    assert f"{part}-src 'sha256-{digest}';" in policy[1]
+
+
+def test_the_script_is_the_one_in_the_repository(page: str) -> None:
+    ours = Path(reports.__file__).parent / "html" / "templates" / "report.js"
+    assert f"<script>{ours.read_text(encoding='utf-8')}</script>" in page
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(|fetch\(|http",
+                         ours.read_text(encoding="utf-8"))  # fmt: skip
 
 
 def test_no_hidden_character_survives(page: str) -> None:
@@ -180,11 +195,50 @@ def test_markdown_stays_under_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
     assert text.splitlines()[-3].endswith("|"), "no row is torn"
 
 
-def test_findings_are_capped_and_the_rest_is_listed(drawn: Path) -> None:
+def test_findings_are_whole_first_and_then_folded(drawn: Path) -> None:
     page = (drawn / "report.html").read_text(encoding="utf-8")
+    found = collect(RunStore.read(drawn))
     assert page.count('<article class="finding"') == SHOWN
-    assert "further finding" in page
     assert page.count("data:image/png;base64,") == 3 * SHOWN
+    assert found.total == SHOWN + len(found.listed) > SHOWN
+    assert page.count('<details class="finding brief"') == len(found.listed)
+    small = page.count('<image id="small-')
+    pictures = {name for one in found.listed for name in (one.clean_png, one.attacked_png)}
+    assert small == len(pictures) < 2 * len(found.listed), "a picture of two findings is there once"
+    assert "are not on this page" not in page
+
+
+def test_what_does_not_fit_is_said(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = collect(RunStore.read(drawn))
+    monkeypatch.setattr("reports.findings.LISTED", 5)
+    try:
+        page = reports.build_reports(drawn).report.read_text(encoding="utf-8")
+    finally:
+        monkeypatch.undo()
+        reports.build_reports(drawn)
+    assert page.count('class="finding brief"') == 5
+    assert (
+        f"The other {before.total - SHOWN - 5} are not on this page, which holds at most 29" in page
+    )
+
+
+def test_each_finding_says_how_to_see_it_again(drawn: Path) -> None:
+    page = (drawn / "report.html").read_text(encoding="utf-8")
+    found = collect(RunStore.read(drawn))
+    for one in (*found.shown, *found.listed):
+        for verb in ("show", "replay"):
+            assert f"redteam {verb} drawn --sample {one.sample} --cell {one.cell}<" in page
+
+
+def test_a_hostile_name_stays_one_word_of_the_command(hostile: Path) -> None:
+    page = (hostile / "report.html").read_text(encoding="utf-8")
+    commands = re.findall(r"<code>(redteam show .*?)</code>", page)
+    assert len(commands) == len(HOSTILE)
+    for command in commands:
+        words = shlex.split(html.unescape(command))
+        assert words[:3] == ["redteam", "show", "hostile"]
+        assert words[3] == "--sample"
+        assert words[5:] == ["--cell", "c1"]
 
 
 def test_a_run_without_failures_says_so(tmp_path: Path) -> None:
