@@ -107,7 +107,10 @@ def opened(page: Path) -> dict[str, Any]:
 
     taken: list[float] = []
     for _ in range(5):
-        with tempfile.TemporaryDirectory() as profile, browser.opened(Path(profile), network=False) as tab:
+        with (
+            tempfile.TemporaryDirectory() as profile,
+            browser.opened(Path(profile), network=False) as tab,
+        ):
             start = time.perf_counter()
             tab.go(page)
             tab.evaluate("new Promise(f => requestAnimationFrame(() => setTimeout(f)))")

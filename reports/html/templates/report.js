@@ -71,7 +71,7 @@
       const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
       let left = 0;
       for (const row of rows) {
-        const text = `${row.dataset.group ?? ""} ${row.textContent}`.toLowerCase();
+        const text = `${row.cells[0].dataset.group ?? ""} ${row.textContent}`.toLowerCase();
         row.hidden = !words.every((word) => text.includes(word));
         left += row.hidden ? 0 : 1;
       }
