@@ -255,17 +255,21 @@ def measure(
 def _averaged(rows: Sequence[Row], wanted: set[str], confidence: float) -> dict[str, Estimate]:
     """Metrics that are means, each over the rows that have a value of it."""
     found: dict[str, Estimate] = {}
-    images = [row.image for row in rows]
+    place = _places(rows)
+    images = np.array([place[row.image] for row in rows], dtype=np.int64)
+    columns = list(zip(*(row.means for row in rows), strict=True)) or [()] * len(_MEANS)
     for name in wanted & _MEANS.keys():
-        index = _MEAN_PLACE[name]
-        values = [row.means[index] for row in rows]
+        values, of = columns[_MEAN_PLACE[name]], images
         if None in values:
-            kept = [(v, image) for v, image in zip(values, images, strict=True) if v is not None]
-            having, of = [value for value, _ in kept], [image for _, image in kept]
-        else:
-            having, of = [value for value in values if value is not None], images
+            of = images[[value is not None for value in values]]
+        having = [value for value in values if value is not None]
         found[name] = cluster_mean(having, of, confidence=confidence, bounds=_MEANS[name])
     return found
+
+
+def _places(rows: Sequence[Row]) -> dict[str, int]:
+    """The images, sorted and numbered."""
+    return {image: index for index, image in enumerate(sorted({row.image for row in rows}))}
 
 
 def _bootstrapped(rows: Sequence[Row], seed: int, confidence: float) -> dict[str, Estimate]:
@@ -301,7 +305,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
     """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``, images sorted."""
-    place = {image: index for index, image in enumerate(sorted({row.image for row in rows}))}
+    place = _places(rows)
     table = np.zeros((len(place), 5), dtype=np.int64)
     counts = np.array([(1, *row[3:7]) for row in rows], dtype=np.int64)
     np.add.at(table, [place[row.image] for row in rows], counts)

@@ -141,7 +141,7 @@ def cluster_bootstrap(
 
 def cluster_mean(
     values: Sequence[float],
-    clusters: Sequence[str],
+    clusters: Sequence[str] | NDArray[np.int64],
     *,
     confidence: float = 0.95,
     bounds: tuple[float, float] | None = None,
