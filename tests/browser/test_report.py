@@ -285,7 +285,7 @@ def test_a_link_to_a_folded_finding_opens_it(tab: Tab, report: Path) -> None:
     last = tab.evaluate("[...document.querySelectorAll('.brief')].at(-1).id")
     tab.evaluate(f"location.hash = {json.dumps(last)}")
     settled(tab)
-    assert len(shown(tab, f"#{last} .answers")) == 1
+    assert len(shown(tab, f"#{last} .said")) == 1
 
 
 def test_the_keyboard_reaches_everything(tab: Tab, report: Path) -> None:
