@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -55,6 +56,15 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samp
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed instead of the scenario's.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+ShardOf = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Only part I of N; put the folders together with redteam merge.",
+        show_default=False,
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
@@ -89,9 +99,13 @@ def run(
     device: Device = None,
     limit: Limit = None,
     seed: Seed = None,
+    shard: ShardOf = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went; a little slower.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a scenario and report the verdict.
+    """Run a scenario and report the verdict; with --shard, run a part of it.
 
     Exit codes: 0 pass, 1 a gate failed, 2 usage or invalid scenario, 3 incomplete or internal
     error, 4 inconclusive, 5 nothing selected, 130 interrupted.
@@ -106,16 +120,40 @@ def run(
         with console.status("loading …"):
             from redteam import runner
             from redteam.output import show_run
+            from redteam.profiling import Profile
             from redteam.progress import RunProgress
-        folder = out or runner.default_folder(checked)
-        with RunProgress(console) as progress:
-            finished = runner.run(checked, folder, progress)
+            from redteam.sharding import Shard
+
+            part = None if shard is None else Shard.parse(shard)
+        folder = out or runner.default_folder(checked, part)
+        clocks = Profile() if profile else None
+        with RunProgress(console) as progress, clocks or nullcontext():
+            finished = runner.run(checked, folder, progress, part, clocks)
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None
-    show_run(finished, as_json=as_json)
-    code = finished.built.exit_code
+    show_run(finished, as_json=as_json, profile=None if clocks is None else clocks.as_json())
+    code = ExitCode.PASS if finished.built is None else finished.built.exit_code
     raise typer.Exit(ExitCode.INTERRUPTED if finished.interrupted else code)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the whole run.")],
+    parts: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders made with --shard.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Put the parts of one run together and report the verdict; needs no torch."""
+    from redteam.output import show_merged
+    from reports import build_reports
+    from reports.merge import merge as put_together
+
+    merged = put_together(parts, out)
+    built = build_reports(out)
+    show_merged(out, merged, built, as_json=as_json)
+    raise typer.Exit(built.exit_code)
 
 
 @app.command()
@@ -203,15 +241,18 @@ def plan(
     overrides: Overrides = None,
     limit: Limit = None,
     seed: Seed = None,
+    shard: ShardOf = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what would run and about how long it takes; loads no model."""
     from redteam.capabilities import cautions
     from redteam.output import show_plan
     from redteam.plan import make_plan
+    from redteam.sharding import Shard
 
     checked = _load(scenario, overrides, limit=limit, seed=seed)
-    show_plan(make_plan(checked), _samples(checked), as_json=as_json)
+    part = None if shard is None else Shard.parse(shard)
+    show_plan(make_plan(checked), _samples(checked), part, as_json=as_json)
     _warn(cautions(checked))
 
 
