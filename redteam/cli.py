@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from redteam import cli_verdict
+from redteam.cli_verdict import BaselineFolder, OnInconclusive
 from redteam.errors import InterruptedRun, RedteamError
 from reports.errors import LedgerError, ReportError
 from reports.verdict import ExitCode
@@ -40,6 +43,8 @@ class Listing(StrEnum):
     DATASETS = "datasets"
     METRICS = "metrics"
 
+
+cli_verdict.register(app)
 
 ScenarioName = Annotated[
     str, typer.Argument(metavar="SCENARIO", help="A YAML file, or a packaged one: quickstart …")
@@ -100,6 +105,7 @@ def run(
     limit: Limit = None,
     seed: Seed = None,
     shard: ShardOf = None,
+    inconclusive: OnInconclusive = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time went; a little slower.")
     ] = False,
@@ -132,8 +138,11 @@ def run(
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None
+    code, built = ExitCode.PASS, finished.built
+    if built is not None:
+        code = built.exit_code if finished.interrupted else cli_verdict.shell(built, inconclusive)
+        finished = replace(finished, built=replace(built, exit_code=code))
     show_run(finished, as_json=as_json, profile=None if clocks is None else clocks.as_json())
-    code = ExitCode.PASS if finished.built is None else finished.built.exit_code
     raise typer.Exit(ExitCode.INTERRUPTED if finished.interrupted else code)
 
 
@@ -143,6 +152,7 @@ def merge(
     parts: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folders made with --shard.")
     ],
+    inconclusive: OnInconclusive = None,
     as_json: AsJson = False,
 ) -> None:
     """Put the parts of one run together and report the verdict; needs no torch."""
@@ -152,8 +162,9 @@ def merge(
 
     merged = put_together(parts, out)
     built = build_reports(out)
-    show_merged(out, merged, built, as_json=as_json)
-    raise typer.Exit(built.exit_code)
+    code = cli_verdict.shell(built, inconclusive)
+    show_merged(out, merged, replace(built, exit_code=code), as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -286,14 +297,20 @@ def list_(
 
 
 @app.command()
-def report(run_folder: RunFolder, as_json: AsJson = False) -> None:
+def report(
+    run_folder: RunFolder,
+    baseline: BaselineFolder = None,
+    inconclusive: OnInconclusive = None,
+    as_json: AsJson = False,
+) -> None:
     """Build the reports of a run folder again; needs no torch."""
     from redteam.output import show_report
     from reports import build_reports
 
-    built = build_reports(run_folder)
-    show_report(run_folder, built, as_json=as_json)
-    raise typer.Exit(built.exit_code)
+    built = build_reports(run_folder, baseline)
+    code = cli_verdict.shell(built, inconclusive)
+    show_report(run_folder, replace(built, exit_code=code), as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -35,6 +35,7 @@ class Built:
         notes: what a reader should know before trusting the table, one sentence each.
         doubted: whether a self-check took the pass of a gate away.
         detectors: one row per cell of a detector; None without one.
+        more_samples_decide: whether it is inconclusive only for want of samples.
     """
 
     summary: Path
@@ -49,18 +50,24 @@ class Built:
     doubted: bool = False
     defenses: Table | None = None
     detectors: Table | None = None
+    more_samples_decide: bool = False
 
 
-def build_reports(folder: Path) -> Built:
+def build_reports(folder: Path, baseline: Path | None = None) -> Built:
     """Make summary.json, summary.md and report.html of a run folder from its manifest and ledger.
 
     Works on a finished, an interrupted and a running run, and again at any time later.
+
+    Args:
+        folder: of the run.
+        baseline: run folder that takes the place of those the gates name.
 
     Raises:
         StoreError: if it is no run folder, is damaged, or cannot be written.
         ReportError: if manifest and ledger do not belong together.
     """
     from reports import defended, detection
+    from reports.baseline import Baselines
     from reports.findings import Gathered
     from reports.html import render
     from reports.markdown import render_markdown
@@ -70,9 +77,10 @@ def build_reports(folder: Path) -> Built:
     from reports.verdict import ExitCode, Verdict
 
     store = RunStore.read(folder)
+    others = Baselines(store.manifest, baseline, folder)
     gathered = Gathered(store.manifest)  # the ledger is read once for all of it
     trials = gathered.watch(store.located())
-    summary = summarise(store.manifest, trials, store.calibrations())
+    summary = summarise(store.manifest, trials, store.calibrations(), others)
     found = gathered.pick(store)
     return Built(
         summary=store.write_summary(summary),
@@ -87,4 +95,5 @@ def build_reports(folder: Path) -> Built:
         defenses=defended.table(summary),
         doubted=any(cell["doubt"] for gate in summary["gates"] for cell in gate["cells"]),
         detectors=detection.table(summary),
+        more_samples_decide=summary["more_samples_decide"],
     )

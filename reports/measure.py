@@ -28,8 +28,9 @@ from reports.statistics import (
 CONFIDENCE = 0.95
 """Of the intervals in summary.json; a gate states its own."""
 
-_BOOTSTRAP = ("clean_drop", "upr", "cae", "csg", "amplification")
-_MEANS: dict[str, tuple[float, float] | None] = {
+RESAMPLED: Final = ("clean_drop", "upr", "cae", "csg", "amplification")
+"""Differences and ratios of accuracies, in the order of `from_counts`."""
+MEANS: Final[dict[str, tuple[float, float] | None]] = {
     "jaccard": (0, 1),
     "spearman": (-1, 1),
     "kendall": (-1, 1),
@@ -51,7 +52,8 @@ _MEANS: dict[str, tuple[float, float] | None] = {
     "fallback_clean": (0, 1),
     "fallback_attacked": (0, 1),
 }
-_MEAN_PLACE = {name: index for index, name in enumerate(_MEANS)}
+"""Metrics that are means over samples, with the range of one value; None if it has none."""
+_MEAN_PLACE: Final = {name: index for index, name in enumerate(MEANS)}
 
 
 class Row(NamedTuple):
@@ -69,7 +71,7 @@ class Row(NamedTuple):
     diagnosis: Diagnosis | None
     linf: float | None
     means: tuple[float | None, ...]
-    """Values of the `mean` metrics, in the order of `_MEANS`."""
+    """Values of the `mean` metrics, in the order of `MEANS`."""
     sample: str = ""
     codes: tuple[str, ...] = ()
     """Of the self-checks that fired."""
@@ -170,11 +172,11 @@ _DISTANCE_MEANS: Final = ("l2", "psnr")
 _of_tokens, _of_distance = attrgetter(*_TOKEN_MEANS), attrgetter(*_DISTANCE_MEANS)
 _NO_TOKENS: Final = (None,) * len(_TOKEN_MEANS)
 _NO_DISTANCE: Final = (None,) * len(_DISTANCE_MEANS)
-_NO_DEMANDS: Final = (None,) * (len(_MEANS) - len(_TOKEN_MEANS) - len(_DISTANCE_MEANS))
+_NO_DEMANDS: Final = (None,) * (len(MEANS) - len(_TOKEN_MEANS) - len(_DISTANCE_MEANS))
 
 
 def _mean_values(trial: Trial) -> tuple[float | None, ...]:
-    """The values of a trial that metrics are means of, in the order of `_MEANS`."""
+    """The values of a trial that metrics are means of, in the order of `MEANS`."""
     return (
         *(_NO_TOKENS if trial.tokens is None else _of_tokens(trial.tokens)),
         *(_NO_DISTANCE if trial.distance is None else _of_distance(trial.distance)),
@@ -199,7 +201,7 @@ def _grown(clean: int, attacked: int) -> tuple[float | None, ...]:
 
 _Test = Callable[[Row], bool | None]
 
-_PROPORTIONS: dict[str, tuple[_Test, _Test]] = {
+PROPORTIONS: Final[dict[str, tuple[_Test, _Test]]] = {
     # name: (event, denominator); the event is only asked of rows in the denominator
     "acc_full_clean": (lambda r: r.full_clean, lambda r: True),
     "acc_compressed_clean": (lambda r: r.compressed_clean, lambda r: True),
@@ -215,7 +217,8 @@ _PROPORTIONS: dict[str, tuple[_Test, _Test]] = {
     "recovered": (lambda r: r.recovered, lambda r: r.failure and r.recovered is not None),
     "reproduced": (lambda r: r.reproduced, lambda r: r.failure and r.reproduced is not None),
 }
-OUTCOMES = (*list(_PROPORTIONS)[:8], *_BOOTSTRAP)
+"""Metrics that are rates: what is counted, and of which rows."""
+OUTCOMES = (*list(PROPORTIONS)[:8], *RESAMPLED)
 """Metrics also given by kind of question."""
 
 
@@ -239,11 +242,11 @@ def measure(
     """
     wanted, measured = set(names), [row for row in rows if not row.error]
     found: dict[str, Estimate] = {}
-    for name in wanted & _PROPORTIONS.keys():
-        event, eligible = _PROPORTIONS[name]
+    for name in wanted & PROPORTIONS.keys():
+        event, eligible = PROPORTIONS[name]
         base = [row for row in measured if eligible(row)]
         found[name] = wilson(sum(bool(event(row)) for row in base), len(base), confidence)
-    if wanted.intersection(_BOOTSTRAP):
+    if wanted.intersection(RESAMPLED):
         found |= _bootstrapped(measured, seed, confidence)
     found |= _averaged(measured, wanted, confidence)
     if "linf" in wanted:
@@ -257,13 +260,13 @@ def _averaged(rows: Sequence[Row], wanted: set[str], confidence: float) -> dict[
     found: dict[str, Estimate] = {}
     place = _places(rows)
     images = np.array([place[row.image] for row in rows], dtype=np.int64)
-    columns = list(zip(*(row.means for row in rows), strict=True)) or [()] * len(_MEANS)
-    for name in wanted & _MEANS.keys():
+    columns = list(zip(*(row.means for row in rows), strict=True)) or [()] * len(MEANS)
+    for name in wanted & MEANS.keys():
         values, of = columns[_MEAN_PLACE[name]], images
         if None in values:
             of = images[[value is not None for value in values]]
         having = [value for value in values if value is not None]
-        found[name] = cluster_mean(having, of, confidence=confidence, bounds=_MEANS[name])
+        found[name] = cluster_mean(having, of, confidence=confidence, bounds=MEANS[name])
     return found
 
 
@@ -274,36 +277,50 @@ def _places(rows: Sequence[Row]) -> dict[str, int]:
 
 def _bootstrapped(rows: Sequence[Row], seed: int, confidence: float) -> dict[str, Estimate]:
     if not rows:
-        return dict.fromkeys(_BOOTSTRAP, EMPTY)
-    table = _by_image(rows)
-    value, low, high = cluster_bootstrap(table, _statistics, seed=seed, confidence=confidence)
-    n = (len(rows), *(int(table[:, column].sum()) for column in (1, 2)))
-    clusters = (len(table), *(int((table[:, column] > 0).sum()) for column in (1, 2)))
-    # What a statistic is over, in the order of _BOOTSTRAP: all, c, c_K, the smaller of both, all.
-    both = int(n[1] > n[2]) + 1
+        return dict.fromkeys(RESAMPLED, EMPTY)
+    table = by_image(rows)
+    value, low, high = cluster_bootstrap(table, from_counts, seed=seed, confidence=confidence)
+    bases = denominators(table)
     estimates: dict[str, Estimate] = {}
-    for index, (name, over) in enumerate(zip(_BOOTSTRAP, (0, 1, 2, both, 0), strict=True)):
+    for index, name in enumerate(RESAMPLED):
         if np.isnan(value[index]):
             estimates[name] = EMPTY
             continue
-        floor = unseen(clusters[over], confidence)
+        n, images = bases[name]
+        floor = unseen(images, confidence)
         point = float(value[index])
         ends = min(float(low[index]), point - floor), max(float(high[index]), point + floor)
-        least, most = _RANGES[name]
-        estimates[name] = Estimate(point, max(least, ends[0]), min(most, ends[1]), n[over])
+        least, most = RANGES[name]
+        estimates[name] = Estimate(point, max(least, ends[0]), min(most, ends[1]), n)
     return estimates
 
 
-_RANGES: dict[str, tuple[float, float]] = {
+def denominators(table: NDArray[np.int64]) -> dict[str, tuple[int, int]]:
+    """Samples and images that each of `RESAMPLED` is over.
+
+    All for a drop, those with c or c_K for a ratio, the smaller of both for CSG.
+
+    Args:
+        table: see `by_image`.
+    """
+    every, full, compressed = (
+        (int(table[:, column].sum()), int((table[:, column] > 0).sum())) for column in (0, 1, 2)
+    )
+    smaller = compressed if full[0] > compressed[0] else full
+    return dict(zip(RESAMPLED, (every, full, compressed, smaller, every), strict=True))
+
+
+RANGES: Final[dict[str, tuple[float, float]]] = {
     "clean_drop": (-1, 1),
     "upr": (0, float("inf")),  # above 1 when the attack mends more answers than it breaks
     "cae": (float("-inf"), 1),
     "csg": (float("-inf"), float("inf")),
     "amplification": (-2, 2),
 }
+"""Least and most of each of `RESAMPLED`."""
 
 
-def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
+def by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
     """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``, images sorted."""
     place = _places(rows)
     table = np.zeros((len(place), 5), dtype=np.int64)
@@ -312,7 +329,8 @@ def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
     return table
 
 
-def _statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def from_counts(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`RESAMPLED` from sums of (n, c, c_K, c', c'_K), ``[R, 5]`` to ``[R, 5]``."""
     n, c, c_k, c_adv, c_k_adv = sums.T
     with np.errstate(divide="ignore", invalid="ignore"):
         upr = np.where(c > 0, c_adv / c, np.nan)

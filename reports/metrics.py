@@ -8,18 +8,22 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
 from reports.availability import Latency
 from reports.badges import Badges
+from reports.baseline import Baselines
 from reports.checks import Doubt, grouped, run_checks, vetoes
+from reports.deciding import Doubts, Measured, Run, decide
 from reports.detection import Scores, detectors
 from reports.errors import ReportError
-from reports.gate import GateDecision, Progress, cell_label, conclude, decide
+from reports.gate import GateDecision, Progress, cell_label, conclude
+from reports.gate_bounds import bounds_of
 from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
+from reports.paired import PairedTable, newcombe
 from reports.records import (
     SCHEMA_VERSION,
     Calibration,
@@ -30,7 +34,7 @@ from reports.records import (
     Trial,
 )
 from reports.registry import METRICS, Metric
-from reports.statistics import Estimate, mcnemar_exact
+from reports.statistics import EMPTY, Estimate, mcnemar_exact
 from reports.survival import minimal_epsilon
 from reports.transfer import transfer
 
@@ -44,7 +48,10 @@ def seed_of(manifest: Manifest, cell: str) -> int:
 
 
 def summarise(
-    manifest: Manifest, trials: Iterable[Trial], calibrations: Sequence[Calibration] = ()
+    manifest: Manifest,
+    trials: Iterable[Trial],
+    calibrations: Sequence[Calibration] = (),
+    baselines: Baselines | None = None,
 ) -> dict[str, Any]:
     """Compute summary.json; see docs/results-format.md for what it holds.
 
@@ -52,12 +59,13 @@ def summarise(
         manifest: of the run.
         trials: in any order; of several with the same cell and sample the last counts.
         calibrations: of its detectors.
+        baselines: of its gates; read from where the gates say if left out.
 
     Raises:
         ReportError: if a trial belongs to no cell or sample of the manifest.
     """
     with _uncollected():
-        return _summarise(manifest, trials, calibrations)
+        return _summarise(manifest, trials, calibrations, baselines)
 
 
 @contextmanager
@@ -77,12 +85,16 @@ def _uncollected() -> Iterator[None]:
 
 
 def _summarise(
-    manifest: Manifest, trials: Iterable[Trial], calibrations: Sequence[Calibration]
+    manifest: Manifest,
+    trials: Iterable[Trial],
+    calibrations: Sequence[Calibration],
+    baselines: Baselines | None,
 ) -> dict[str, Any]:
     scores = Scores()
     rows, timings, effort = _collect(manifest, _noted(trials, scores))
     found = _Measured(manifest, rows)
-    gates, whole = found.gates(), found.whole()
+    gates = found.gates(Baselines(manifest) if baselines is None else baselines)
+    whole = found.whole()
     cells = [{**found.cell(cell), **effort.get(cell.id, {})} for cell in manifest.cells]
     summary = {
         "schema": SCHEMA_VERSION,
@@ -121,19 +133,15 @@ class _Measured:
         self._doubts = _doubts(manifest.cells, rows)
         self.badges = Badges(manifest, rows, self._doubts)
 
-    def gates(self) -> list[GateDecision]:
+    def gates(self, baselines: Baselines) -> list[GateDecision]:
         """The decision of each gate."""
-        return [
-            decide(
-                gate,
-                self._manifest.cells,
-                lambda cell, name, confidence: self._of(cell, confidence).get(name),
-                lambda cell: self._done[cell.id],
-                self._doubt,
-                self._name,
-            )
-            for gate in self._manifest.gates
-        ]
+        return _decided(
+            self._manifest,
+            self._rows,
+            baselines,
+            lambda cell, name, confidence: self._of(cell, confidence).get(name, EMPTY),
+            (lambda cell: self._done[cell.id], self._doubt, self._name),
+        )
 
     def whole(self) -> Progress:
         """Progress of all cells together."""
@@ -173,6 +181,28 @@ class _Measured:
 
     def _name(self, cell: Cell) -> str:
         return cell_label(cell, self.badges.of(cell))
+
+
+def _decided(
+    manifest: Manifest,
+    rows: Mapping[str, Sequence[Row]],
+    baselines: Baselines,
+    estimate: Callable[[Cell, str, float], Estimate],
+    seen: tuple[Callable[[Cell], Progress], Doubts, Callable[[Cell], str]],
+) -> list[GateDecision]:
+    """The gates of a run, each from the bounds of its metric or of its change."""
+
+    def measured(gate: GateSpec, cell: Cell) -> Measured:
+        mine, seed = rows[cell.id], seed_of(manifest, cell.id)
+        if gate.compares:
+            return baselines.change(gate, cell, mine, seed)
+        interval = estimate(cell, gate.metric, gate.confidence)
+        return Measured(bounds_of(mine, gate.metric, seed), interval)
+
+    def clean_drop(cell: Cell) -> Estimate:
+        return estimate(cell, "clean_drop", CONFIDENCE)
+
+    return decide(manifest.gates, Run(manifest.cells, measured, *seen, clean_drop))
 
 
 def _noted(trials: Iterable[Trial], scores: Scores) -> Iterator[Trial]:
@@ -307,6 +337,7 @@ def _cell(
             "only_full_right": only_full,
             "only_compressed_right": only_compressed,
             "p": None if p is None else float(f"{p:.6g}"),
+            "difference": newcombe(PairedTable.of(pair), CONFIDENCE).as_json(),
         },
         "by_kind": _by_kind(rows, seed_of(manifest, cell.id)),
     }
