@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import browser
-import hostile_run
+import hostile_page
 import judged_run
 import pytest
 from browser import Tab
@@ -41,7 +41,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_reports(hostile_run.build(tmp_path_factory.mktemp("runs") / "hostile")).report
+    return build_reports(hostile_page.build(tmp_path_factory.mktemp("runs") / "hostile")).report
 
 
 def shown(tab: Tab, selector: str) -> list[str]:
@@ -147,7 +147,7 @@ def test_what_is_smuggled_into_the_page_is_blocked(tab: Tab, report: Path, tmp_p
 def test_hostile_strings_stay_inert(tab: Tab, hostile: Path) -> None:
     tab.go(hostile)
     unfold(tab)
-    for text in hostile_run.HOSTILE:
+    for text in hostile_page.HOSTILE:
         fill(tab, "#filter-text", text)
     assert tab.console == []
     assert [one for one in tab.requests if not one.startswith("data:")] == [hostile.as_uri()]
@@ -165,7 +165,7 @@ def test_hostile_strings_can_be_searched_for(tab: Tab, hostile: Path) -> None:
     tab.go(hostile)
     for text in ("<script>alert(1)</script>", "{{ 7 * 7 }}", "no such words"):
         fill(tab, "#filter-text", text)
-        wanted = 0 if text == "no such words" else len(hostile_run.HOSTILE)  # each has all answers
+        wanted = 0 if text == "no such words" else len(hostile_page.HOSTILE)  # each has all answers
         assert len(shown(tab, ".finding")) == wanted, text
 
 

@@ -7,9 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
-import hostile_run
+import hostile_page
 import pytest
-from hostile_run import FORBIDDEN, HOSTILE
+from hostile_page import FORBIDDEN, HOSTILE
 from report_data import cell, manifest, trial
 from synthetic_run import build
 
@@ -45,7 +45,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = hostile_run.build(tmp_path_factory.mktemp("runs") / "hostile")
+    folder = hostile_page.build(tmp_path_factory.mktemp("runs") / "hostile")
     reports.build_reports(folder)
     return folder
 
