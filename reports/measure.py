@@ -244,8 +244,8 @@ def measure(
     found: dict[str, Estimate] = {}
     for name in wanted & PROPORTIONS.keys():
         event, eligible = PROPORTIONS[name]
-        base = [row for row in measured if eligible(row)]
-        found[name] = wilson(sum(bool(event(row)) for row in base), len(base), confidence)
+        hits = [bool(event(row)) for row in measured if eligible(row)]
+        found[name] = wilson(sum(hits), len(hits), confidence)
     if wanted.intersection(RESAMPLED):
         found |= _bootstrapped(measured, seed, confidence)
     found |= _averaged(measured, wanted, confidence)
