@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from redteam.batching import failure
@@ -296,7 +297,7 @@ class RayEngine:
         if self._on_gpu:
             resources["num_gpus"] = 1
         actor = self._ray.remote(Worker).options(**resources)
-        return actor.remote(self._plan.scenario, self.device, self._threads, os.getcwd())
+        return actor.remote(self._plan.scenario, self.device, self._threads, str(Path.cwd()))
 
     def _everywhere(self, method: str, *arguments: Any) -> list[Any]:  # noqa: ANN401
         """Call a method of every worker and wait for all."""
