@@ -112,6 +112,7 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         hashes=list(_hashes(manifest)),
         labels=labels,
         provenance=list(flatten(manifest.provenance)),
+        profiles=_profiles(store),
         scenario=store.scenario_text(),
         taxonomy=taxonomy.entries(manifest.cells),
         taxonomy_note=f"{taxonomy.NOTE} Table version {taxonomy.VERSION}.",
@@ -215,6 +216,14 @@ def flatten(value: object, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, value
     else:
         yield path, json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _profiles(store: RunStore) -> list[dict[str, Any]]:
+    """Where the time of each profiled session went; what is not in the known form is left out."""
+    known = ("phases", "wall_seconds", "device", "overhead")
+    return [
+        one for one in store.profiles() if isinstance(one, dict) and all(k in one for k in known)
+    ]
 
 
 def _options(spec: object, *, steps: bool = False) -> str:
