@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from reports.errors import LedgerError
 from reports.files import explained
@@ -66,6 +67,21 @@ class Ledger:
         for number, payload, _ in self._lines():
             if number in current:
                 yield self._parse(number, payload)
+
+    def of_sample(self, sample: str) -> Iterator[Trial]:
+        """The trials of one sample, as `trials` has them; only its lines are parsed.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        mark = b'"sample":' + to_json(sample)
+        found: dict[str, Trial] = {}
+        for number, payload, _ in self._lines():
+            if mark in payload:
+                trial = self._parse(number, payload)
+                if trial.sample == sample:  # an answer may quote the mark
+                    found[trial.cell] = trial
+        yield from found.values()
 
     def keys(self, *, errors: bool = True) -> set[Key]:
         """(cell, sample) of what is recorded; `errors=False` leaves out those that ended in one."""

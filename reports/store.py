@@ -6,7 +6,8 @@
 - ``calibration.json``, ``calibration/ab….safetensors``: scores of detectors on clean samples that
   are not tested, and what they learnt; in runs with detectors.
 - ``images/ab/ab….png``: images by the SHA-256 of their bytes.
-- ``summary.json``, ``summary.md``, ``report.html``: made from these by `reports.build_reports`.
+- ``summary.json``, ``summary.md``, ``report.html``, ``junit.xml``, ``results.sarif``: made from
+  these by `reports.build_reports`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from reports.records import Calibration, Manifest, Trial
 MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.jsonl", "images"
 CALIBRATION, STATES = "calibration.json", "calibration"
 SUMMARY, MARKDOWN, REPORT = "summary.json", "summary.md", "report.html"
+JUNIT, SARIF = "junit.xml", "results.sarif"
 _LOCK = ".lock"
 _MISSING = "(absent)"
 
@@ -153,6 +155,16 @@ class RunStore:
             LedgerError: at a damaged line.
         """
         return self._ledger.trials()
+
+    def trials_of(self, sample: str) -> list[Trial]:
+        """The trials of one sample, one for each cell that has it, in the order of the manifest.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        order = {cell.id: index for index, cell in enumerate(self.manifest.cells)}
+        found = list(self._ledger.of_sample(sample))
+        return sorted(found, key=lambda trial: order.get(trial.cell, len(order)))
 
     def done(self, *, errors: bool = True) -> set[Key]:
         """(cell, sample) already recorded; `errors=False` leaves out failed measurements."""
