@@ -116,11 +116,14 @@ class Ledger:
 
     def _keys(self) -> Iterator[tuple[int, Key]]:
         for number, payload, _ in self._lines():
-            record = json.loads(payload)
             try:
-                yield number, (record["cell"], record["sample"])
+                record = json.loads(payload)
+                key = record["cell"], record["sample"]
             except (KeyError, TypeError) as error:
                 raise LedgerError(self._damaged(number, f"it has no {error}")) from error
+            except ValueError as error:
+                raise LedgerError(self._damaged(number, f"it is no JSON: {error}")) from error
+            yield number, key
 
     def _verified(self, number: int, line: bytes) -> bytes:
         start = len(_HEAD) + _DIGITS + len(_MIDDLE)

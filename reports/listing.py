@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from reports.errors import ReportError
+from reports.errors import ReportError, StoreError
 from reports.files import explained
 from reports.records import Manifest
 from reports.store import LEDGER, MANIFEST, SUMMARY, RunStore
@@ -82,8 +82,10 @@ def runs(folder: Path) -> list[Listed]:
     itself is the one that is listed.
 
     Raises:
-        StoreError: if the folder cannot be read.
+        StoreError: if there is no such folder, or it cannot be read.
     """
+    if not folder.is_dir():
+        raise StoreError(f"{folder} is no folder; give one that holds run folders")
     with explained("list", folder):
         inside = [folder] if _is_run(folder) else sorted(folder.iterdir())
         found = [_listed(one) for one in inside if _is_run(one)]
