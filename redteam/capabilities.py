@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from redteam.errors import Problem, nearest
@@ -161,12 +162,27 @@ def cautions(scenario: Scenario) -> tuple[str, ...]:
     left_out = omitted(scenario) if any(one.adaptive for one in scenario.attacks) else ()
     if scenario.calibration is not None and not detectors(scenario):
         left_out += ("calibration is not used: the scenario lists no detector.",)
+    left_out += _absent_baselines(scenario)
     return left_out + tuple(
         f"attack {attack.label} leaves all pictures as they are against {compression.label}: {why}."
         for attack in scenario.attacks
         if attack.signature.facts.get("sometimes_idle")
         for compression in scenario.compressions
         if (why := attack.create().idle(compression.create()))
+    )
+
+
+def _absent_baselines(scenario: Scenario) -> tuple[str, ...]:
+    """Baselines that are not there; the run that makes one has none itself, so this is no error."""
+    absent = {
+        gate.baseline: gate.name
+        for gate in scenario.gates
+        if gate.baseline and not Path(gate.baseline_folder).is_dir()
+    }
+    return tuple(
+        f"gate {name!r} cannot pass: its baseline {folder} is not there; give one with "
+        "redteam gate RUN --baseline BASE."
+        for folder, name in absent.items()
     )
 
 

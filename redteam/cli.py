@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from redteam.cli_runs import AsJson, RunFolder, quieten, register
+from redteam import cli_runs, cli_verdict
+from redteam.cli_runs import AsJson, RunFolder, quieten
+from redteam.cli_verdict import BaselineFolder, OnInconclusive
 from redteam.errors import InterruptedRun, RedteamError
 from reports.errors import LedgerError, ReportError
 from reports.verdict import ExitCode
@@ -87,6 +90,7 @@ def run(
     device: Device = None,
     limit: Limit = None,
     seed: Seed = None,
+    inconclusive: OnInconclusive = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a scenario and report the verdict.
@@ -111,8 +115,10 @@ def run(
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None
-    show_run(finished, as_json=as_json)
     code = finished.built.exit_code
+    if not finished.interrupted:
+        code = cli_verdict.shell(finished.built, inconclusive)
+    show_run(replace(finished, built=replace(finished.built, exit_code=code)), as_json=as_json)
     raise typer.Exit(ExitCode.INTERRUPTED if finished.interrupted else code)
 
 
@@ -243,14 +249,20 @@ def list_(
 
 
 @app.command()
-def report(run_folder: RunFolder, as_json: AsJson = False) -> None:
+def report(
+    run_folder: RunFolder,
+    baseline: BaselineFolder = None,
+    inconclusive: OnInconclusive = None,
+    as_json: AsJson = False,
+) -> None:
     """Build the reports of a run folder again; needs no torch."""
     from redteam.output import show_report
     from reports import build_reports
 
-    built = build_reports(run_folder)
-    show_report(run_folder, built, as_json=as_json)
-    raise typer.Exit(built.exit_code)
+    built = build_reports(run_folder, baseline)
+    code = cli_verdict.shell(built, inconclusive)
+    show_report(run_folder, replace(built, exit_code=code), as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -305,7 +317,8 @@ def init(
     write_template(path, template, force=force)
 
 
-register(app)
+cli_verdict.register(app)
+cli_runs.register(app)
 
 
 def _warn(cautions: tuple[str, ...]) -> None:

@@ -204,8 +204,9 @@ def digest(value: object) -> str:
 
 def _gate(gate: GateSpec) -> dict[str, Any]:
     """A gate as it decides; an option that came later is told only where it is used."""
-    later = set() if gate.allow_unverified else {"allow_unverified"}
-    return gate.model_dump(mode="json", exclude={"line", *later})
+    later = ("allow_unverified", "family", "baseline", "max_increase", "max_decrease")
+    unused = {key for key in later if getattr(gate, key) == GateSpec.model_fields[key].default}
+    return gate.model_dump(mode="json", exclude={"line", "baseline_folder", *unused})
 
 
 def _named(method: Method) -> dict[str, Any]:
@@ -327,7 +328,9 @@ def _check(document: Document, path: Path, overrides: tuple[str, ...]) -> Scenar
         built["attacks"] += controls(built["attacks"])
         if not findings.problems:
             built["defenses"] = _marked(built["defenses"], built["attacks"])
-    gates = resolve_gates(header.gates, built, findings) if header and not findings.problems else []
+    gates: list[GateSpec] = []
+    if header is not None and not findings.problems:
+        gates = resolve_gates(header.gates, built, findings, path.parent)
     if findings.problems or header is None or dataset is None:
         raise ScenarioError(findings.in_order())
     undefended = Method("defenses", "none", "none", {}, folder=path.parent)

@@ -99,6 +99,10 @@ class Gate(BaseModel):
     )
     confidence: Annotated[float, Gt(0.5), Lt(1)] = 0.95
     allow_unverified: bool = False
+    family: Label | None = None
+    baseline: str | None = None
+    max_increase: Annotated[Number, Ge(0)] | None = None
+    max_decrease: Annotated[Number, Ge(0)] | None = None
     name: Label | None = None
 
 

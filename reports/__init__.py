@@ -37,6 +37,7 @@ class Built:
         notes: what a reader should know before trusting the table, one sentence each.
         doubted: whether a self-check took the pass of a gate away.
         detectors: one row per cell of a detector; None without one.
+        more_samples_decide: whether it is inconclusive only for want of samples.
     """
 
     summary: Path
@@ -53,20 +54,26 @@ class Built:
     doubted: bool = False
     defenses: Table | None = None
     detectors: Table | None = None
+    more_samples_decide: bool = False
 
 
-def build_reports(folder: Path) -> Built:
+def build_reports(folder: Path, baseline: Path | None = None) -> Built:
     """Make the reports of a run folder from its manifest and ledger.
 
     They are summary.json, summary.md, report.html, junit.xml and results.sarif.
 
     Works on a finished, an interrupted and a running run, and again at any time later.
 
+    Args:
+        folder: of the run.
+        baseline: run folder that takes the place of those the gates name.
+
     Raises:
         StoreError: if it is no run folder, is damaged, or cannot be written.
         ReportError: if manifest and ledger do not belong together.
     """
     from reports import defended, detection
+    from reports.baseline import Baselines
     from reports.findings import collect
     from reports.html import render
     from reports.junit import render_junit
@@ -78,7 +85,8 @@ def build_reports(folder: Path) -> Built:
     from reports.verdict import ExitCode, Verdict
 
     store = RunStore.read(folder)
-    summary = summarise(store.manifest, store.trials(), store.calibrations())
+    others = Baselines(store.manifest, baseline)
+    summary = summarise(store.manifest, store.trials(), store.calibrations(), others)
     found = collect(store)
     return Built(
         summary=store.write_summary(summary),
@@ -95,4 +103,5 @@ def build_reports(folder: Path) -> Built:
         defenses=defended.table(summary),
         doubted=any(cell["doubt"] for gate in summary["gates"] for cell in gate["cells"]),
         detectors=detection.table(summary),
+        more_samples_decide=summary["more_samples_decide"],
     )

@@ -1,22 +1,18 @@
-"""The verdict, made once: every reader (exit code, page, Markdown, terminal) shows this object.
+"""The verdict, made once: every reader (exit code, page, Markdown, terminal) shows these objects.
 
-A gate decides from an interval, never from a point: FAIL when the whole interval is beyond the
-limit, PASS when the whole interval is within it, else INCONCLUSIVE. What could not be measured
-never passes, nor does a cell whose attack carries a self-check (`reports.checks`).
+How a gate is decided is in `reports.deciding`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from reports.marks import marked
 from reports.records import Cell, GateSpec
-from reports.registry import METRICS
-from reports.statistics import EMPTY, Estimate
-from reports.text import count, epsilon_text, number, plain
+from reports.text import count, epsilon_text, plain
 from reports.verdict import ExitCode, Verdict
 
 __all__ = [
@@ -29,7 +25,6 @@ __all__ = [
     "cell_label",
     "conclude",
     "covers",
-    "decide",
 ]
 
 MAX_ERROR_SHARE = 0.05
@@ -40,8 +35,21 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+Cause = Literal["", "samples", "multiplicity", "unmeasured", "incomplete", "doubt", "baseline"]
+"""Why a decision is inconclusive: too few samples; too few for so many decisions at once; nothing
+to decide from; trials missing or in error; a self-check or an unverified defence; no baseline that
+can be compared. "" of other verdicts."""
+
+MORE_SAMPLES: frozenset[Cause] = frozenset({"samples", "multiplicity"})
+"""Causes that say nothing bad about the run but that it is small."""
+
+
 class CellDecision(_Record):
-    """One gate on one cell."""
+    """One gate on one cell.
+
+    `value` is the metric, or its change since the baseline. Fields with a default are absent in
+    summaries from before they were recorded.
+    """
 
     cell: str
     label: str
@@ -50,10 +58,28 @@ class CellDecision(_Record):
     reason: str
     value: float | None
     low: float | None
+    """Lower end of the two-sided interval at the gate's confidence, for showing."""
     high: float | None
     n: int
     doubt: str = ""
     """The self-check, or the unverified defence, that took a pass away, in words; "" if none."""
+    cause: Cause = ""
+    bound_low: float | None = None
+    """One-sided lower bound at the gate's confidence: what FAIL of a `max` is decided from."""
+    bound_high: float | None = None
+    """One-sided upper bound: what PASS of a `max` is decided from."""
+    events: int | None = None
+    """Of a rate, how many of the n."""
+    effective_n: float | None = None
+    """Independent samples that would say as much, where several share an image."""
+    p: float | None = None
+    """One-sided p-value against "within the limit"."""
+    p_holm: float | None = None
+    """The same, corrected for all decisions of the family."""
+    clean_drop: dict[str, float | int | None] = Field(default_factory=dict)
+    """What compression alone costs on the clean images of the cell; no attack is in it."""
+    change: dict[str, int] = Field(default_factory=dict)
+    """Of a rate compared with a baseline, samples: before, now, newly, no_longer."""
 
 
 class GateDecision(_Record):
@@ -66,18 +92,33 @@ class GateDecision(_Record):
     where: dict[str, str | float] = Field(default_factory=dict)
     confidence: float = 0.95
     allow_unverified: bool = False
+    family: str = ""
+    family_size: int = 0
+    """Decisions (gate and cell) the correction is for."""
+    baseline: str = ""
+    baseline_run: dict[str, str] = Field(default_factory=dict)
+    """Of the run compared with: folder, name, scenario_hash, created."""
+    max_increase: float | None = None
+    max_decrease: float | None = None
     line: int | None = None
     verdict: Verdict
     reason: str
     """One sentence, the deciding cell and its interval included."""
+    more_samples_decide: bool = False
+    """Inconclusive, and only because there are too few samples."""
     cells: list[CellDecision] = Field(default_factory=list)
 
     @property
     def limit(self) -> str:
-        """The limit in words: ``csfr ≤ 0.10``."""
-        parts = [f"≤ {self.max:g}" if self.max is not None else ""]
-        parts.append(f"≥ {self.min:g}" if self.min is not None else "")
-        return f"{self.metric} " + " and ".join(part for part in parts if part)
+        """The limit in words: ``csfr ≤ 0.10``, ``csfr rises by ≤ 0.02``."""
+        words = (
+            ("≤", self.max),
+            ("≥", self.min),
+            ("rises by ≤", self.max_increase),
+            ("falls by ≤", self.max_decrease),
+        )
+        parts = [f"{sign} {value:g}" for sign, value in words if value is not None]
+        return f"{self.metric} {' and '.join(parts)}"
 
 
 class Conclusion(_Record):
@@ -89,6 +130,8 @@ class Conclusion(_Record):
     """A few words."""
     why: str
     """One or two sentences."""
+    more_samples_decide: bool = False
+    """Every inconclusive gate is so only because there are too few samples."""
 
 
 class Progress(_Record):
@@ -142,129 +185,6 @@ def covers(gate: GateSpec, cell: Cell) -> bool:
     return True
 
 
-Doubts = Callable[[GateSpec, Cell], str | None]
-"""Why a cell is no evidence for a gate that passes on it, if so; see `reports.checks`."""
-
-
-def _no_doubt(gate: GateSpec, cell: Cell) -> str | None:
-    del gate, cell
-    return None
-
-
-def decide_cell(
-    gate: GateSpec,
-    cell: Cell,
-    estimate: Estimate | None,
-    progress: Progress,
-    doubts: Doubts = _no_doubt,
-    name: Callable[[Cell], str] = cell_label,
-) -> CellDecision:
-    """Decide one gate on one cell from the interval of the metric."""
-    estimate = estimate and estimate.rounded()
-    verdict, reason = _compare(gate, estimate)
-    objection = progress.objection()
-    if objection and verdict is not Verdict.FAIL:  # an error may hide a pass, never excuse a fail
-        verdict, reason = Verdict.INCONCLUSIVE, objection
-    doubt = (doubts(gate, cell) or "") if verdict is Verdict.PASS else ""
-    if doubt:  # an attack that failed for the wrong reason shows no robustness
-        verdict, reason = Verdict.INCONCLUSIVE, f"{reason}, but {doubt}"
-    found = estimate or EMPTY
-    return CellDecision(
-        cell=cell.id,
-        label=name(cell),
-        verdict=verdict,
-        reason=reason,
-        value=found.value,
-        low=found.low,
-        high=found.high,
-        n=found.n,
-        doubt=doubt,
-    )
-
-
-def _compare(gate: GateSpec, estimate: Estimate | None) -> tuple[Verdict, str]:
-    if estimate is None:
-        return Verdict.INCONCLUSIVE, f"there is no metric {plain(gate.metric)!r}"
-    if estimate.value is None:
-        return (
-            Verdict.INCONCLUSIVE,
-            f"{_title(gate.metric)} is not applicable: its denominator is empty",
-        )
-    low, high = estimate.low, estimate.high
-    if low is None or high is None:
-        return (
-            Verdict.INCONCLUSIVE,
-            f"{_title(gate.metric)} has no interval here, and a point cannot gate",
-        )
-    shown = (
-        f"{_title(gate.metric)} is {number(estimate.value)}, {gate.confidence:.0%} interval "
-        f"{number(low)} to {number(high)} (n = {estimate.n:,})"
-    )
-    if gate.max is not None and low > gate.max:
-        return Verdict.FAIL, f"{shown}: all of it above the limit {gate.max:g}"
-    if gate.min is not None and high < gate.min:
-        return Verdict.FAIL, f"{shown}: all of it below the limit {gate.min:g}"
-    if gate.max is None and gate.min is None:
-        return Verdict.INCONCLUSIVE, "the gate states neither max nor min"
-    within = (gate.max is None or high <= gate.max) and (gate.min is None or low >= gate.min)
-    if within:
-        return Verdict.PASS, f"{shown}: all of it within the limit"
-    limit = gate.max if gate.max is not None and high > gate.max else gate.min
-    return Verdict.INCONCLUSIVE, f"{shown}: the limit {limit:g} lies inside, so more samples decide"
-
-
-def _excess(gate: GateSpec, decided: CellDecision) -> float:
-    """How far the interval reaches beyond the limit; the less room is left, the larger."""
-    if decided.low is None or decided.high is None:
-        return math.inf
-    above = decided.high - gate.max if gate.max is not None else -math.inf
-    below = gate.min - decided.low if gate.min is not None else -math.inf
-    return max(above, below)
-
-
-def _title(metric: str) -> str:
-    return METRICS[metric].title if metric in METRICS else plain(metric)
-
-
-def decide(
-    gate: GateSpec,
-    cells: Sequence[Cell],
-    measure: Callable[[Cell, str, float], Estimate | None],
-    progress: Callable[[Cell], Progress],
-    doubts: Doubts = _no_doubt,
-    name: Callable[[Cell], str] = cell_label,
-) -> GateDecision:
-    """Decide one gate: its worst cell decides.
-
-    Args:
-        gate: as the scenario states it.
-        cells: all cells of the run, in order.
-        measure: estimate of (cell, metric, confidence), None for an unknown metric.
-        progress: how much of a cell was measured.
-        doubts: why a pass on a cell would be no evidence; it turns a PASS into INCONCLUSIVE.
-        name: names a cell for people.
-    """
-    decided = [
-        decide_cell(
-            gate,
-            cell,
-            measure(cell, gate.metric, gate.confidence),
-            progress(cell),
-            doubts,
-            name,
-        )
-        for cell in cells
-        if covers(gate, cell)
-    ]
-    if decided:
-        worst = max(decided, key=lambda one: (one.verdict.severity, _excess(gate, one)))
-        verdict, reason = worst.verdict, f"{worst.label}: {worst.reason}."
-    else:
-        where = ", ".join(f"{plain(k)} = {plain(str(v))}" for k, v in gate.where.items())
-        verdict, reason = Verdict.INCONCLUSIVE, f"No cell matches where: {where or '(all)'}."
-    return GateDecision(**gate.model_dump(), verdict=verdict, reason=reason, cells=decided)
-
-
 def conclude(decisions: Sequence[GateDecision], progress: Progress) -> Conclusion:
     """Turn the gates into the verdict on a run and its exit code.
 
@@ -286,7 +206,15 @@ def conclude(decisions: Sequence[GateDecision], progress: Progress) -> Conclusio
     elif progress.measured == 0:
         code, headline = ExitCode.INCOMPLETE, "Nothing could be measured"
         why = f"All {progress.expected:,} trials ended in an error; see the list of errors."
-    return Conclusion(verdict=verdict, exit_code=code, headline=headline, why=why)
+    open_ = [one for one in decisions if one.verdict is Verdict.INCONCLUSIVE]
+    return Conclusion(
+        verdict=verdict,
+        exit_code=code,
+        headline=headline,
+        why=why,
+        more_samples_decide=code is ExitCode.INCONCLUSIVE
+        and all(one.more_samples_decide for one in open_),
+    )
 
 
 def _words(decisions: Sequence[GateDecision], verdict: Verdict) -> tuple[str, str, ExitCode]:
@@ -297,7 +225,7 @@ def _words(decisions: Sequence[GateDecision], verdict: Verdict) -> tuple[str, st
     if verdict is Verdict.PASS:
         if total == 1:
             return "Pass", f"The one gate holds. {reasons[0].reason}", ExitCode.PASS
-        why = f"All {total} gates hold, each with the whole of its interval."
+        why = f"All {total} gates hold, each by the bound at its confidence."
         return "Pass", why, ExitCode.PASS
     share = f"{len(reasons)} of {count(total, 'gate')}"
     first = f"“{plain(reasons[0].name)}”: {reasons[0].reason}"

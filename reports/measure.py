@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from sys import intern
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,9 @@ from reports.statistics import (
 CONFIDENCE = 0.95
 """Of the intervals in summary.json; a gate states its own."""
 
-_BOOTSTRAP = ("clean_drop", "upr", "cae", "csg", "amplification")
-_MEANS: dict[str, tuple[float, float] | None] = {
+RESAMPLED: Final = ("clean_drop", "upr", "cae", "csg", "amplification")
+"""Differences and ratios of accuracies, in the order of `from_counts`."""
+MEANS: Final[dict[str, tuple[float, float] | None]] = {
     "jaccard": (0, 1),
     "spearman": (-1, 1),
     "kendall": (-1, 1),
@@ -50,6 +51,7 @@ _MEANS: dict[str, tuple[float, float] | None] = {
     "fallback_clean": (0, 1),
     "fallback_attacked": (0, 1),
 }
+"""Metrics that are means over samples, with the range of one value; None if it has none."""
 
 
 class Row(NamedTuple):
@@ -67,7 +69,7 @@ class Row(NamedTuple):
     diagnosis: Diagnosis | None
     linf: float | None
     means: tuple[float | None, ...]
-    """Values of the `mean` metrics, in the order of `_MEANS`."""
+    """Values of the `mean` metrics, in the order of `MEANS`."""
     sample: str = ""
     codes: tuple[str, ...] = ()
     """Of the self-checks that fired."""
@@ -97,7 +99,7 @@ class Row(NamedTuple):
 
 def mean_value(row: Row, name: str) -> float | None:
     """What a row adds to a metric that is a mean."""
-    return row.means[list(_MEANS).index(name)]
+    return row.means[list(MEANS).index(name)]
 
 
 def row_of(trial: Trial) -> Row:
@@ -115,7 +117,7 @@ def row_of(trial: Trial) -> Row:
         reproduced=swap.reproduced if swap else None,
         diagnosis=swap.diagnosis if swap else None,
         linf=distance.linf if distance else None,
-        means=tuple(map(_mean_values(trial).get, _MEANS)),
+        means=tuple(map(_mean_values(trial).get, MEANS)),
         sample=trial.sample,
         codes=tuple(check.partition(":")[0] for check in trial.checks),
         pipelines=_pipelines(trial),
@@ -152,7 +154,7 @@ def _mean_values(trial: Trial) -> dict[str, float | None]:
     """The values of a trial that metrics are means of."""
     found: dict[str, float | None] = {}
     for part in (trial.tokens, trial.distance):
-        found |= {name: getattr(part, name) for name in _MEANS if hasattr(part, name)}
+        found |= {name: getattr(part, name) for name in MEANS if hasattr(part, name)}
     if trial.demands is None:
         return found
     clean, hit = trial.demands.clean_compressed, trial.demands.attacked_compressed
@@ -173,7 +175,7 @@ def _grown(name: str, clean: int, attacked: int) -> dict[str, float | None]:
 
 _Test = Callable[[Row], bool | None]
 
-_PROPORTIONS: dict[str, tuple[_Test, _Test]] = {
+PROPORTIONS: Final[dict[str, tuple[_Test, _Test]]] = {
     # name: (event, denominator); the event is only asked of rows in the denominator
     "acc_full_clean": (lambda r: r.full_clean, lambda r: True),
     "acc_compressed_clean": (lambda r: r.compressed_clean, lambda r: True),
@@ -189,7 +191,8 @@ _PROPORTIONS: dict[str, tuple[_Test, _Test]] = {
     "recovered": (lambda r: r.recovered, lambda r: r.failure and r.recovered is not None),
     "reproduced": (lambda r: r.reproduced, lambda r: r.failure and r.reproduced is not None),
 }
-OUTCOMES = (*list(_PROPORTIONS)[:8], *_BOOTSTRAP)
+"""Metrics that are rates: what is counted, and of which rows."""
+OUTCOMES = (*list(PROPORTIONS)[:8], *RESAMPLED)
 """Metrics also given by kind of question."""
 
 
@@ -213,13 +216,13 @@ def measure(
     """
     wanted, measured = set(names), [row for row in rows if not row.error]
     found: dict[str, Estimate] = {}
-    for name in wanted & _PROPORTIONS.keys():
-        event, eligible = _PROPORTIONS[name]
+    for name in wanted & PROPORTIONS.keys():
+        event, eligible = PROPORTIONS[name]
         base = [row for row in measured if eligible(row)]
         found[name] = wilson(sum(bool(event(row)) for row in base), len(base), confidence)
-    if wanted.intersection(_BOOTSTRAP):
+    if wanted.intersection(RESAMPLED):
         found |= _bootstrapped(measured, seed, confidence)
-    for index, (name, bounds) in enumerate(_MEANS.items()):
+    for index, (name, bounds) in enumerate(MEANS.items()):
         if name in wanted:
             pairs = [(row.means[index], row.image) for row in measured]
             values = [value for value, _ in pairs if value is not None]
@@ -233,36 +236,50 @@ def measure(
 
 def _bootstrapped(rows: Sequence[Row], seed: int, confidence: float) -> dict[str, Estimate]:
     if not rows:
-        return dict.fromkeys(_BOOTSTRAP, EMPTY)
-    table = _by_image(rows)
-    value, low, high = cluster_bootstrap(table, _statistics, seed=seed, confidence=confidence)
-    n = (len(rows), *(int(table[:, column].sum()) for column in (1, 2)))
-    clusters = (len(table), *(int((table[:, column] > 0).sum()) for column in (1, 2)))
-    # What a statistic is over, in the order of _BOOTSTRAP: all, c, c_K, the smaller of both, all.
-    both = int(n[1] > n[2]) + 1
+        return dict.fromkeys(RESAMPLED, EMPTY)
+    table = by_image(rows)
+    value, low, high = cluster_bootstrap(table, from_counts, seed=seed, confidence=confidence)
+    bases = denominators(table)
     estimates: dict[str, Estimate] = {}
-    for index, (name, over) in enumerate(zip(_BOOTSTRAP, (0, 1, 2, both, 0), strict=True)):
+    for index, name in enumerate(RESAMPLED):
         if np.isnan(value[index]):
             estimates[name] = EMPTY
             continue
-        floor = unseen(clusters[over], confidence)
+        n, images = bases[name]
+        floor = unseen(images, confidence)
         point = float(value[index])
         ends = min(float(low[index]), point - floor), max(float(high[index]), point + floor)
-        least, most = _RANGES[name]
-        estimates[name] = Estimate(point, max(least, ends[0]), min(most, ends[1]), n[over])
+        least, most = RANGES[name]
+        estimates[name] = Estimate(point, max(least, ends[0]), min(most, ends[1]), n)
     return estimates
 
 
-_RANGES: dict[str, tuple[float, float]] = {
+def denominators(table: NDArray[np.int64]) -> dict[str, tuple[int, int]]:
+    """Samples and images that each of `RESAMPLED` is over.
+
+    All for a drop, those with c or c_K for a ratio, the smaller of both for CSG.
+
+    Args:
+        table: see `by_image`.
+    """
+    every, full, compressed = (
+        (int(table[:, column].sum()), int((table[:, column] > 0).sum())) for column in (0, 1, 2)
+    )
+    smaller = compressed if full[0] > compressed[0] else full
+    return dict(zip(RESAMPLED, (every, full, compressed, smaller, every), strict=True))
+
+
+RANGES: Final[dict[str, tuple[float, float]]] = {
     "clean_drop": (-1, 1),
     "upr": (0, float("inf")),  # above 1 when the attack mends more answers than it breaks
     "cae": (float("-inf"), 1),
     "csg": (float("-inf"), float("inf")),
     "amplification": (-2, 2),
 }
+"""Least and most of each of `RESAMPLED`."""
 
 
-def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
+def by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
     """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``, images sorted."""
     sums: dict[str, list[int]] = {}
     for row in rows:
@@ -272,7 +289,8 @@ def _by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
     return np.array([sums[image] for image in sorted(sums)], dtype=np.int64)
 
 
-def _statistics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+def from_counts(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`RESAMPLED` from sums of (n, c, c_K, c', c'_K), ``[R, 5]`` to ``[R, 5]``."""
     n, c, c_k, c_adv, c_k_adv = sums.T
     with np.errstate(divide="ignore", invalid="ignore"):
         upr = np.where(c > 0, c_adv / c, np.nan)

@@ -12,11 +12,15 @@ from typing import Any
 
 from reports.availability import Latency
 from reports.badges import Badges
+from reports.baseline import Baselines
 from reports.checks import Doubt, grouped, run_checks, vetoes
+from reports.deciding import Measured, Run, decide
 from reports.detection import Scores, detectors
 from reports.errors import ReportError
-from reports.gate import Progress, cell_label, conclude, decide
+from reports.gate import Progress, cell_label, conclude
+from reports.gate_bounds import bounds_of
 from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
+from reports.paired import PairedTable, newcombe
 from reports.records import (
     SCHEMA_VERSION,
     Calibration,
@@ -28,7 +32,7 @@ from reports.records import (
     Trial,
 )
 from reports.registry import METRICS, Metric
-from reports.statistics import Estimate, mcnemar_exact
+from reports.statistics import EMPTY, Estimate, mcnemar_exact
 from reports.survival import minimal_epsilon
 from reports.transfer import transfer
 
@@ -42,7 +46,10 @@ def seed_of(manifest: Manifest, cell: str) -> int:
 
 
 def summarise(
-    manifest: Manifest, trials: Iterable[Trial], calibrations: Sequence[Calibration] = ()
+    manifest: Manifest,
+    trials: Iterable[Trial],
+    calibrations: Sequence[Calibration] = (),
+    baselines: Baselines | None = None,
 ) -> dict[str, Any]:
     """Compute summary.json; see docs/results-format.md for what it holds.
 
@@ -50,6 +57,7 @@ def summarise(
         manifest: of the run.
         trials: in any order; of several with the same cell and sample the last counts.
         calibrations: of its detectors.
+        baselines: of its gates; read from where the gates say if left out.
 
     Raises:
         ReportError: if a trial belongs to no cell or sample of the manifest.
@@ -76,17 +84,26 @@ def summarise(
     def name(cell: Cell) -> str:
         return cell_label(cell, badges.of(cell))
 
-    gates = [
-        decide(
-            gate,
+    others = Baselines(manifest) if baselines is None else baselines
+
+    def measured_for(gate: GateSpec, cell: Cell) -> Measured:
+        mine, seed = rows[cell.id], seed_of(manifest, cell.id)
+        if gate.compares:
+            return others.change(gate, cell, mine, seed)
+        interval = of(cell, gate.confidence).get(gate.metric, EMPTY)
+        return Measured(bounds_of(mine, gate.metric, seed), interval)
+
+    gates = decide(
+        manifest.gates,
+        Run(
             manifest.cells,
-            lambda cell, name, confidence: of(cell, confidence).get(name),
+            measured_for,
             lambda cell: progress[cell.id],
             doubt,
             name,
-        )
-        for gate in manifest.gates
-    ]
+            lambda cell: of(cell, CONFIDENCE)["clean_drop"],
+        ),
+    )
     whole = Progress(
         expected=sum(p.expected for p in progress.values()),
         measured=sum(p.measured for p in progress.values()),
@@ -246,6 +263,7 @@ def _cell(
             "only_full_right": only_full,
             "only_compressed_right": only_compressed,
             "p": None if p is None else float(f"{p:.6g}"),
+            "difference": newcombe(PairedTable.of(pair), CONFIDENCE).as_json(),
         },
         "by_kind": _by_kind(rows, seed_of(manifest, cell.id)),
     }

@@ -338,10 +338,33 @@ class GateSpec(_Record):
     where: dict[str, str | float] = Field(default_factory=dict)
     """Cells it covers: any of target, compression, attack, defense (labels) and epsilon."""
     confidence: float = 0.95
+    """One-sided: of the bound that has to be within the limit, or beyond it."""
     allow_unverified: bool = False
     """Whether it may pass on cells of a defence that is not verified."""
+    family: str = ""
+    """Gates of one family share the risk of a false alarm; "" is the family of all others."""
+    baseline: str = ""
+    """Run folder to compare with, as the scenario names it; "" if the command line does."""
+    baseline_folder: str = ""
+    """The same on this machine; "" where it is relative to the working directory."""
+    max_increase: float | None = None
+    """Most that the metric may rise since the baseline."""
+    max_decrease: float | None = None
+    """Most that it may fall."""
     line: int | None = None
     """Line of the gate in the scenario file."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is on the change since a baseline and not on the metric itself."""
+        return self.max_increase is not None or self.max_decrease is not None or bool(self.baseline)
+
+    @property
+    def limits(self) -> tuple[float | None, float | None]:
+        """Least and most of what it decides: the metric, or its change."""
+        if not self.compares:
+            return self.min, self.max
+        return None if self.max_decrease is None else -self.max_decrease, self.max_increase
 
 
 class Manifest(_Record):

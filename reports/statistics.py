@@ -61,6 +61,15 @@ def normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
+def two_sided(one_sided: float) -> float:
+    """Confidence of the two-sided interval whose ends are one-sided bounds at `one_sided`.
+
+    Args:
+        one_sided: in [0.5, 1); 0.95 gives 0.9. At 0.5 the interval has shrunk to its value.
+    """
+    return max(1e-12, 2 * one_sided - 1)
+
+
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     """Wilson score interval of a proportion (E. B. Wilson, JASA 22, 1927).
 
@@ -112,9 +121,6 @@ def cluster_bootstrap(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Percentile bootstrap over clusters, paired: one draw serves all statistics.
 
-    Equal rows are drawn together, by a multinomial over distinct rows: the same distribution as
-    drawing C rows with replacement, at a cost that does not grow with C.
-
     Args:
         table: counts summed by cluster, ``[C, M]``, C > 0.
         statistic: see `Statistic`.
@@ -126,17 +132,41 @@ def cluster_bootstrap(
         Point values, lower and upper ends, each ``[S]``. Resamples in which a statistic is
         undefined are left out of its quantiles; NaN where it is undefined on the data.
     """
-    rows, counts = np.unique(table, axis=0, return_counts=True)
-    clusters = int(counts.sum())
-    weights = np.random.default_rng(seed).multinomial(clusters, counts / clusters, size=draws)
-    resampled = statistic((weights @ rows).astype(np.float64))
-    value = statistic(table.sum(axis=0, keepdims=True).astype(np.float64))[0]
+    value, resampled = resample(table, statistic, seed=seed, draws=draws)
     tail = (1 - confidence) / 2
     low, high = np.full_like(value, np.nan), np.full_like(value, np.nan)
     for s in np.flatnonzero(~np.isnan(value)):
         defined = resampled[:, s][~np.isnan(resampled[:, s])]
         low[s], high[s] = np.quantile(defined, [tail, 1 - tail])
     return value, low, high
+
+
+def resample(
+    table: NDArray[np.int64], statistic: Statistic, *, seed: int, draws: int = DRAWS
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Statistics of the data, ``[S]``, and of resamples of its clusters, ``[R, S]``.
+
+    Equal rows are drawn together, by a multinomial over distinct rows: the same distribution as
+    drawing C rows with replacement, at a cost that does not grow with C. Arguments as of
+    `cluster_bootstrap`; NaN where a statistic is undefined.
+    """
+    rows, counts = np.unique(table, axis=0, return_counts=True)
+    clusters = int(counts.sum())
+    weights = np.random.default_rng(seed).multinomial(clusters, counts / clusters, size=draws)
+    value = statistic(table.sum(axis=0, keepdims=True).astype(np.float64))[0]
+    return value, statistic((weights @ rows).astype(np.float64))
+
+
+def left_out(table: NDArray[np.int64], statistic: Statistic) -> NDArray[np.float64]:
+    """Statistics with one cluster left out in turn, ``[C, S]``; those of the rest where undefined.
+
+    Arguments as of `cluster_bootstrap`.
+    """
+    rows, index = np.unique(table, axis=0, return_inverse=True)
+    total = table.sum(axis=0, keepdims=True)
+    found = statistic((total - rows).astype(np.float64))
+    whole = statistic(total.astype(np.float64))
+    return np.where(np.isnan(found), whole, found)[index.ravel()]
 
 
 def cluster_mean(

@@ -1,4 +1,4 @@
-"""The two words of a decision. Standard library only, so that a command line can start fast."""
+"""The words of a decision. Standard library only, so that a command line can start fast."""
 
 from __future__ import annotations
 
@@ -22,6 +22,35 @@ class ExitCode(IntEnum):
     """The plan was empty: no cell or no sample."""
     INTERRUPTED = 130
     """Stopped by the user; run again to resume."""
+
+
+class Inconclusive(StrEnum):
+    """What the shell gets for an inconclusive verdict; the record says inconclusive whatever."""
+
+    FAIL = "fail"
+    """Exit code 1."""
+    WARN = "warn"
+    """Exit code 0 and a warning, where only samples are missing."""
+    PASS = "pass"
+    """Exit code 0, where only samples are missing."""
+
+
+def shell_code(
+    code: ExitCode, policy: Inconclusive | None, *, more_samples_decide: bool
+) -> ExitCode:
+    """The exit code under a policy.
+
+    Args:
+        code: of the run.
+        policy: None leaves INCONCLUSIVE as it is.
+        more_samples_decide: whether nothing but more samples is missing. Else neither `warn` nor
+            `pass` helps: what was not measured, or is in doubt, never passes.
+    """
+    if code is not ExitCode.INCONCLUSIVE or policy is None:
+        return code
+    if policy is Inconclusive.FAIL:
+        return ExitCode.FAIL
+    return ExitCode.PASS if more_samples_decide else code
 
 
 class Verdict(StrEnum):

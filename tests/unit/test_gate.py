@@ -1,10 +1,12 @@
 import pytest
+from known import Known
 from report_data import cell, manifest, trial
 
-from reports.gate import CellDecision, ExitCode, Progress, Verdict, conclude, covers, decide
+from reports.bounds import Bounds, Nothing
+from reports.deciding import Measured, Run, decide
+from reports.gate import CellDecision, ExitCode, GateDecision, Progress, Verdict, conclude, covers
 from reports.metrics import summarise
 from reports.records import Cell, GateSpec
-from reports.statistics import EMPTY, Estimate
 
 FULL = Progress(expected=100, measured=100, errors=0)
 
@@ -13,12 +15,24 @@ def gate(**changes: object) -> GateSpec:
     return GateSpec(**({"name": "g", "metric": "csfr", "max": 0.1} | changes))
 
 
+def made(
+    gates: list[GateSpec],
+    cells: list[Cell],
+    found: Bounds | dict[str, Bounds] | None,
+    progress: Progress = FULL,
+) -> list[GateDecision]:
+    def measured(spec: GateSpec, one: Cell) -> Measured:
+        return Measured(found[one.id] if isinstance(found, dict) else found)
+
+    return decide(gates, Run(cells, measured, lambda _: progress))
+
+
 def decision(
-    estimate: Estimate | None, spec: GateSpec | None = None, progress: Progress = FULL
+    found: Bounds | None, spec: GateSpec | None = None, progress: Progress = FULL
 ) -> CellDecision:
-    made = decide(spec or gate(), [cell()], lambda *_: estimate, lambda _: progress)
-    assert made.verdict is made.cells[0].verdict
-    return made.cells[0]
+    (one,) = made([spec or gate()], [cell()], found, progress)
+    assert one.verdict is one.cells[0].verdict
+    return one.cells[0]
 
 
 @pytest.mark.parametrize(
@@ -31,10 +45,10 @@ def decision(
         (0.11, 0.20, Verdict.FAIL),
     ],
 )
-def test_a_maximum_is_decided_by_the_whole_interval(
+def test_a_maximum_is_decided_by_the_bound_on_its_far_side(
     low: float, high: float, verdict: Verdict
 ) -> None:
-    assert decision(Estimate((low + high) / 2, low, high, 100)).verdict is verdict
+    assert decision(Known((low + high) / 2, low, high)).verdict is verdict
 
 
 @pytest.mark.parametrize(
@@ -47,36 +61,37 @@ def test_a_maximum_is_decided_by_the_whole_interval(
 )
 def test_a_minimum_likewise(low: float, high: float, verdict: Verdict) -> None:
     spec = gate(max=None, min=0.9)
-    assert decision(Estimate(0.9, low, high, 100), spec).verdict is verdict
+    assert decision(Known(0.9, low, high), spec).verdict is verdict
 
 
 def test_a_gate_may_state_both_ends() -> None:
     spec = gate(max=0.6, min=0.4)
-    assert decision(Estimate(0.5, 0.45, 0.55, 100), spec).verdict is Verdict.PASS
-    assert decision(Estimate(0.5, 0.45, 0.65, 100), spec).verdict is Verdict.INCONCLUSIVE
-    assert decision(Estimate(0.3, 0.25, 0.35, 100), spec).verdict is Verdict.FAIL
+    assert decision(Known(0.5, 0.45, 0.55), spec).verdict is Verdict.PASS
+    assert decision(Known(0.5, 0.45, 0.65), spec).verdict is Verdict.INCONCLUSIVE
+    assert decision(Known(0.3, 0.25, 0.35), spec).verdict is Verdict.FAIL
 
 
-GOOD = Estimate(0.01, 0.0, 0.02, 100)
-BAD = Estimate(0.5, 0.4, 0.6, 100)
+GOOD = Known(0.01, 0.0, 0.02)
+BAD = Known(0.5, 0.4, 0.6)
 
 
 @pytest.mark.parametrize(
-    ("estimate", "progress", "reason"),
+    ("found", "progress", "reason"),
     [
-        (None, FULL, "no metric"),
-        (EMPTY, FULL, "denominator is empty"),
-        (Estimate(0.01, None, None, 100), FULL, "a point cannot gate"),
+        (None, FULL, "no bounds"),
+        (Nothing(), FULL, "denominator is empty"),
+        (Known(0.01, None, None), FULL, "a point cannot gate"),
         (GOOD, Progress(expected=100, measured=94, errors=6), "errors"),
         (GOOD, Progress(expected=100, measured=99, errors=0), "did not run"),
     ],
 )
 def test_what_was_not_measured_never_passes(
-    estimate: Estimate | None, progress: Progress, reason: str
+    found: Bounds | None, progress: Progress, reason: str
 ) -> None:
-    found = decision(estimate, progress=progress)
-    assert found.verdict is Verdict.INCONCLUSIVE
-    assert reason in found.reason
+    one = decision(found, progress=progress)
+    assert one.verdict is Verdict.INCONCLUSIVE
+    assert reason in one.reason
+    assert one.cause in ("unmeasured", "incomplete")
 
 
 def test_a_few_errors_are_tolerated() -> None:
@@ -91,27 +106,28 @@ def test_errors_do_not_excuse_a_failure() -> None:
 
 def test_the_worst_cell_decides() -> None:
     cells = [cell("a"), cell("b"), cell("c")]
-    found = {"a": GOOD, "b": BAD, "c": Estimate(0.1, 0.05, 0.2, 100)}
-    made = decide(gate(), cells, lambda c, *_: found[c.id], lambda _: FULL)
-    assert made.verdict is Verdict.FAIL
-    assert [one.verdict for one in made.cells] == [
+    found = {"a": GOOD, "b": BAD, "c": Known(0.1, 0.05, 0.2)}
+    (one,) = made([gate()], cells, found)
+    assert one.verdict is Verdict.FAIL
+    assert [each.verdict for each in one.cells] == [
         Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE,
     ]  # fmt: skip
-    assert "0.500" in made.reason
+    assert "0.500" in one.reason
 
 
 def test_of_cells_that_pass_the_one_nearest_to_the_limit_is_named() -> None:
     cells = [cell("a"), cell("b", attack="pgd"), cell("c")]
-    near = Estimate(0.05, 0.02, 0.09, 100)
-    made = decide(gate(), cells, lambda c, *_: near if c.id == "b" else GOOD, lambda _: FULL)
-    assert made.verdict is Verdict.PASS
-    assert "pgd" in made.reason
+    near = Known(0.05, 0.02, 0.09)
+    (one,) = made([gate()], cells, {"a": GOOD, "b": near, "c": GOOD})
+    assert one.verdict is Verdict.PASS
+    assert "pgd" in one.reason
 
 
 def test_a_gate_that_matches_nothing_is_inconclusive() -> None:
-    made = decide(gate(where={"attack": "cca"}), [cell()], lambda *_: GOOD, lambda _: FULL)
-    assert made.verdict is Verdict.INCONCLUSIVE
-    assert "attack = cca" in made.reason
+    (one,) = made([gate(where={"attack": "cca"})], [cell()], GOOD)
+    assert one.verdict is Verdict.INCONCLUSIVE
+    assert "attack = cca" in one.reason
+    assert not one.more_samples_decide
 
 
 @pytest.mark.parametrize(
@@ -175,10 +191,10 @@ def test_a_gate_uses_its_own_confidence() -> None:
 
 def test_a_decision_carries_what_readers_need() -> None:
     spec = gate(where={"attack": "caa"}, line=12)
-    made = decide(spec, [cell()], lambda *_: GOOD, lambda _: FULL)
-    assert (made.line, made.where, made.limit) == (12, {"attack": "caa"}, "csfr ≤ 0.1")
-    assert type(made).model_validate_json(made.model_dump_json()) == made
-    assert made.cells[0].label == "scenes-a · fastv · caa · ε 8/255"
+    (one,) = made([spec], [cell()], GOOD)
+    assert (one.line, one.where, one.limit) == (12, {"attack": "caa"}, "csfr ≤ 0.1")
+    assert type(one).model_validate_json(one.model_dump_json()) == one
+    assert one.cells[0].label == "scenes-a · fastv · caa · ε 8/255"
 
 
 def test_no_gates_and_nothing_planned_is_nothing_selected() -> None:
@@ -188,6 +204,6 @@ def test_no_gates_and_nothing_planned_is_nothing_selected() -> None:
 
 def test_an_unreadable_label_cannot_reorder_the_verdict() -> None:
     odd: Cell = cell(compression="fast\u202ev\n")
-    made = decide(gate(), [odd], lambda *_: GOOD, lambda _: FULL)
-    assert "\u202e" not in made.reason
-    assert "\n" not in made.reason
+    (one,) = made([gate()], [odd], GOOD)
+    assert "\u202e" not in one.reason
+    assert "\n" not in one.reason

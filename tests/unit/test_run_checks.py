@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from known import Known
 from report_data import cell, trial
 
 from reports.checks import MAX_SHARE, REMEDY, Doubt, grouped, run_checks, vetoes
-from reports.gate import Progress, Verdict, decide
+from reports.deciding import Measured, Run, decide
+from reports.gate import Progress, Verdict
 from reports.measure import Row, row_of
 from reports.records import Cell, Demand, Demands, GateSpec
-from reports.statistics import Estimate
 
 N = 40
 HELD, BROKEN, BOTH = "1111", "1110", "1100"
@@ -296,13 +297,13 @@ def test_what_a_doubt_can_stop(
 )
 def test_a_doubt_only_ever_takes_a_pass_away(low: float, high: float, verdict: Verdict) -> None:
     gate = GateSpec(name="g", metric="csfr", max=0.1)
-    estimate = Estimate((low + high) / 2, low, high, 100)
-    made = decide(
-        gate,
+    run = Run(
         [cell()],
-        lambda *_: estimate,
+        lambda *_: Measured(Known((low + high) / 2, low, high)),
         lambda _: Progress(expected=100, measured=100, errors=0),
         lambda *_: "it broke 1 of 40 samples (no-gain): give it more steps",
     )
+    (made,) = decide([gate], run)
     assert made.verdict is verdict
     assert ("no-gain" in made.reason) is (high <= 0.1)
+    assert (made.cells[0].cause == "doubt") is (high <= 0.1)
