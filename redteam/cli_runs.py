@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from redteam.cli_verdict import BaselineFolder
+
 if TYPE_CHECKING:
     from reports.records import Cell, Trial
     from reports.store import RunStore
@@ -121,6 +123,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File. [default: in the run folder]")
     ] = None,
+    baseline: BaselineFolder = None,
 ) -> None:
     """Write a run in another format; needs no torch.
 
@@ -130,7 +133,7 @@ def export(
     from redteam.output_runs import show_exported
     from reports.export import export as write
 
-    show_exported(write(run_folder, name.value, out))
+    show_exported(write(run_folder, name.value, out, baseline))
 
 
 def quieten() -> None:

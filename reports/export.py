@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from reports.baseline import Baselines
 from reports.files import write_text
 from reports.findings import collect
 from reports.junit import render_junit
@@ -36,13 +37,14 @@ FORMATS: Final = (*_TABLES, *_TEXTS)
 """Names of the formats."""
 
 
-def export(folder: Path, name: str, path: Path | None = None) -> Path:
+def export(folder: Path, name: str, path: Path | None = None, baseline: Path | None = None) -> Path:
     """Write one format of a run.
 
     Args:
         folder: of the run.
         name: one of `FORMATS`.
         path: of the file; None for its usual name in the run folder.
+        baseline: run folder that takes the place of those the gates name.
 
     Returns:
         The path of the file.
@@ -56,7 +58,8 @@ def export(folder: Path, name: str, path: Path | None = None) -> Path:
         usual, write = _TABLES[name]
         return write(store, path or folder / usual)
     usual, render = _TEXTS[name]
-    summary = summarise(store.manifest, store.trials(), store.calibrations())
+    others = Baselines(store.manifest, baseline)
+    summary = summarise(store.manifest, store.trials(), store.calibrations(), others)
     path = path or folder / usual
     write_text(path, render(store, summary))
     return path

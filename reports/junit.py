@@ -4,8 +4,8 @@
 |---|---|
 | a gate passed | a test case |
 | a gate failed | ``<failure>`` |
-| a gate inconclusive: not measured, or not to be believed | ``<error>`` |
-| a gate inconclusive: the limit lies inside the interval | ``<skipped>`` |
+| a gate inconclusive, and more samples decide | ``<skipped>`` |
+| a gate inconclusive for any other cause: nothing measured, trials missing, doubt | ``<error>`` |
 | a cell in an incomplete run that has missing trials or nothing measured | ``<error>`` |
 | a cell without any measured trial, in a run that is complete | ``<skipped>`` |
 
@@ -25,7 +25,7 @@ from xml.etree import ElementTree as ET
 
 from reports.records import Manifest
 from reports.text import count, epsilon_text, interval, plain
-from reports.undecided import Undecided, undecided
+from reports.undecided import cause_of
 from reports.verdict import ExitCode, Verdict
 
 _SHOWN = ("csfr", "csg", "acc_full_attacked", "acc_compressed_attacked")
@@ -45,7 +45,7 @@ def render_junit(manifest: Manifest, summary: Mapping[str, Any]) -> str:
     root = ET.Element("testsuites", name="redteam")
     name = plain(manifest.name)
     if summary["gates"]:
-        cases = [_gate(gate, summary["cells"], f"{name}.gates") for gate in summary["gates"]]
+        cases = [_gate(gate, f"{name}.gates") for gate in summary["gates"]]
         root.append(_suite(f"{name}: gates", manifest, cases, _properties(summary)))
     cases = [_cell(cell, summary, f"{name}.cells") for cell in summary["cells"]]
     if not cases:
@@ -107,7 +107,7 @@ def _case(name: str, group: str, seconds: float = 0.0) -> ET.Element:
     return ET.Element("testcase", classname=group, name=name, time=f"{seconds:.3f}")
 
 
-def _gate(gate: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], group: str) -> ET.Element:
+def _gate(gate: Mapping[str, Any], group: str) -> ET.Element:
     case = _case(plain(gate["name"]), group)
     place = f"scenario.yaml, line {gate['line']}" if gate["line"] else "scenario.yaml"
     more = len(gate["cells"]) - _CELLS
@@ -119,9 +119,8 @@ def _gate(gate: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], group: st
     if gate["verdict"] == Verdict.FAIL:
         return _with(case, "failure", "gate failed", gate["reason"], lines)
     if gate["verdict"] == Verdict.INCONCLUSIVE:
-        why = undecided(gate, cells)
-        tag = "skipped" if why is Undecided.INTERVAL else "error"
-        return _with(case, tag, f"inconclusive: {why.value}", gate["reason"], lines)
+        tag = "skipped" if gate["more_samples_decide"] else "error"
+        return _with(case, tag, f"inconclusive: {cause_of(gate)}", gate["reason"], lines)
     return _said(case, lines)
 
 

@@ -24,7 +24,7 @@ from reports import taxonomy
 from reports.records import Cell, Manifest
 from reports.registry import METRICS
 from reports.text import count, plain
-from reports.undecided import undecided
+from reports.undecided import cause_of
 from reports.verdict import ExitCode, Verdict
 
 SCHEMA: Final = (
@@ -59,7 +59,7 @@ def render_sarif(manifest: Manifest, summary: Mapping[str, Any], scenario: str =
         "originalUriBaseIds": {place.base: {"description": {"text": place.meaning}}},
         "automationDetails": {"id": f"redteam/{quote(plain(manifest.name), safe='')}/"},
         "columnKind": "unicodeCodePoints",
-        "results": _results(found, rules, manifest, summary, taxa, place),
+        "results": _results(found, rules, manifest, taxa, place),
         "properties": {
             "verdict": summary["verdict"],
             "exitCode": summary["exit_code"],
@@ -149,10 +149,11 @@ def _rule(name: str, relations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     definition = _inert(metric.definition) if metric else "There is no metric of this name."
     help_text = (
         f"{definition} Defined over {metric.denominator if metric else 'nothing'}. A gate fails "
-        "if the whole interval of the metric lies beyond its limit, and is inconclusive (a "
-        "warning) if the limit lies inside, or if something could not be measured. Open "
-        "report.html of the run for the pictures, the tokens kept and the cause of each failure; "
-        "more samples narrow an interval; a defence or a larger token budget lowers the rate."
+        "if the bound of the metric at the gate's confidence is beyond the limit, and is "
+        "inconclusive (a warning) if the limit lies between its bounds, or if something could not "
+        "be measured. Open report.html of the run for the pictures, the tokens kept and the cause "
+        "of each failure; more samples bring the bounds together; a defence or a larger token "
+        "budget lowers the rate."
     )
     return {
         "id": name,
@@ -191,7 +192,6 @@ def _results(
     gates: Sequence[Mapping[str, Any]],
     rules: Sequence[str],
     manifest: Manifest,
-    summary: Mapping[str, Any],
     taxa: _Taxa,
     place: _Place,
 ) -> list[dict[str, Any]]:
@@ -213,25 +213,22 @@ def _results(
                 "locations": [place.at(gate["line"])],
                 "partialFingerprints": {FINGERPRINT: f"{print_}{twin}"},
                 "taxa": taxa.of(covered or manifest.cells),
-                "properties": _numbers(gate, summary),
+                "properties": _numbers(gate),
             }
         )
     return found
 
 
-def _numbers(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(gate: Mapping[str, Any]) -> dict[str, Any]:
     """The decision in numbers, cell by cell."""
     inconclusive = gate["verdict"] == Verdict.INCONCLUSIVE
+    limits = ("max", "min", "max_increase", "max_decrease", "confidence")
+    numbers = ("cell", "verdict", "value", "low", "high", "bound_low", "bound_high", "n")
     return {
         "verdict": gate["verdict"],
-        **({"inconclusive": undecided(gate, summary["cells"]).value} if inconclusive else {}),
-        "max": gate["max"],
-        "min": gate["min"],
-        "confidence": gate["confidence"],
-        "cells": [
-            {key: one[key] for key in ("cell", "verdict", "value", "low", "high", "n")}
-            for one in gate["cells"]
-        ],
+        **({"inconclusive": cause_of(gate)} if inconclusive else {}),
+        **{key: gate[key] for key in limits if gate[key] is not None},
+        "cells": [{key: one[key] for key in numbers} for one in gate["cells"]],
     }
 
 

@@ -140,9 +140,9 @@ def undecided_run(folder: Path, outcomes: list[str], **limits: float) -> Path:
 @pytest.mark.parametrize(
     ("outcomes", "kind", "tag"),
     [
-        (["1111"] * 4, "interval", "skipped"),
-        (["1111"] * 8 + ["error"], "unmeasured", "error"),
-        (["1111"] * 40 + ["missing"], "unmeasured", "error"),
+        (["1111"] * 4, "samples", "skipped"),
+        (["1111"] * 8 + ["error"], "incomplete", "error"),
+        (["1111"] * 40 + ["missing"], "incomplete", "error"),
         (["0000"] * 4, "unmeasured", "error"),
         (["1111"] * 60, "doubt", "error"),
     ],
