@@ -129,6 +129,37 @@ def test_every_reader_follows_the_decision(
         assert reason in results[0]["message"]["text"].replace("\\", "")
 
 
+@pytest.mark.parametrize(
+    ("now", "limit", "verdict", "tag", "level"),
+    [
+        ("1110", 0.1, "fail", "failure", "error"),
+        ("1111", 0.1, "pass", None, None),
+        (None, 0.1, "inconclusive", "error", "warning"),
+    ],
+)
+def test_a_gate_since_a_baseline_reads_the_same(
+    tmp_path: Path, now: str | None, limit: float, verdict: str, tag: str | None, level: str | None
+) -> None:
+    cells = [cell(), cell("c2", attack="noise", knowledge="none")]  # no doubt without a control
+    gate = GateSpec(name="g", metric="csfr", max_increase=limit, where={"attack": "noise"}, line=3)
+    for name, outcome in (("base", "1111"), ("run", now or "1111")):
+        with RunStore.create(tmp_path / name, manifest(60, cells=cells, gates=[gate])) as store:
+            for one in cells:
+                store.append(trial(f"s{i}", outcome, one.id) for i in range(60))
+    baseline = tmp_path / "base" if now else None
+    built = reports.build_reports(tmp_path / "run", baseline)
+    assert built.verdict == verdict
+    (case,) = junit(tmp_path / "run")[0].findall("testcase")
+    assert [one for one in ("failure", "error", "skipped") if case.find(one) is not None] == (
+        [tag] if tag else []
+    )
+    results = sarif(tmp_path / "run")["results"]
+    assert [one["level"] for one in results] == ([level] if level else [])
+    assert all(one["properties"]["max_increase"] == limit for one in results)
+    again = export(tmp_path / "run", "junit", tmp_path / "again.xml", baseline)
+    assert again.read_text() == (tmp_path / "run" / "junit.xml").read_text()
+
+
 def undecided_run(folder: Path, outcomes: list[str], **limits: float) -> Path:
     gates = [GateSpec(name="g", metric="csfr", line=7, **limits)]
     with RunStore.create(folder, manifest(len(outcomes), gates=gates)) as store:
