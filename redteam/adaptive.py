@@ -139,11 +139,16 @@ def met(scenario: Scenario, attack: Method) -> list[Method]:
 
 
 def omitted(scenario: Scenario) -> tuple[str, ...]:
-    """Which adaptive attacks are not run against which defences, one sentence each."""
+    """Which adaptive attacks are not run against which defences, one sentence for each reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for attack in scenario.attacks:
+        if not attack.adaptive or knowledge_obstacle(attack) is not None:
+            continue
+        for defense in scenario.defenses:
+            why = obstacle(attack, defense)
+            if why:
+                found.setdefault((attack.label, why), []).append(defense.label)
     return tuple(
-        f"attack {attack.label} is not run against {defense.label}: {why}."
-        for attack in scenario.attacks
-        if attack.adaptive and knowledge_obstacle(attack) is None
-        for defense in scenario.defenses
-        if (why := obstacle(attack, defense))
+        f"attack {attack} is not run against {', '.join(defenses)}: {why}."
+        for (attack, why), defenses in found.items()
     )

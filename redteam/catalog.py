@@ -7,8 +7,9 @@ Nothing is imported before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal, get_args
@@ -185,8 +186,14 @@ def entries(kind: Kind) -> dict[str, Entry]:
     Raises:
         CatalogError: if two packages claim one name.
     """
+    return dict(_entries(kind, entry_points))
+
+
+@lru_cache(maxsize=64)
+def _entries(kind: Kind, installed: Callable[..., Iterable[EntryPoint]]) -> dict[str, Entry]:
+    """The same, read once a process: looking through all installed packages takes a millisecond."""
     found = {name: Entry(kind, name, value) for name, value in BUILTIN[kind].items()}
-    for point in sorted(entry_points(group=f"redteam.{kind}"), key=lambda point: point.name):
+    for point in sorted(installed(group=f"redteam.{kind}"), key=lambda point: point.name):
         if point.name in found:
             raise CatalogError(
                 f"{one(kind)} {point.name!r} is claimed by {point.value} of package "

@@ -57,6 +57,15 @@ Overrides = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed instead of the scenario's.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+ShardOf = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Only part I of N; put the folders together with redteam merge.",
+        show_default=False,
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -90,10 +99,11 @@ def run(
     device: Device = None,
     limit: Limit = None,
     seed: Seed = None,
+    shard: ShardOf = None,
     inconclusive: OnInconclusive = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a scenario and report the verdict.
+    """Run a scenario and report the verdict; with --shard, run a part of it.
 
     Exit codes: 0 pass, 1 a gate failed, 2 usage or invalid scenario, 3 incomplete or internal
     error, 4 inconclusive, 5 nothing selected, 130 interrupted.
@@ -109,17 +119,42 @@ def run(
             from redteam import runner
             from redteam.output import show_run
             from redteam.progress import RunProgress
-        folder = out or runner.default_folder(checked)
+            from redteam.sharding import Shard
+
+            part = None if shard is None else Shard.parse(shard)
+        folder = out or runner.default_folder(checked, part)
         with RunProgress(console) as progress:
-            finished = runner.run(checked, folder, progress)
+            finished = runner.run(checked, folder, progress, part)
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None
-    code = finished.built.exit_code
-    if not finished.interrupted:
-        code = cli_verdict.shell(finished.built, inconclusive)
-    show_run(replace(finished, built=replace(finished.built, exit_code=code)), as_json=as_json)
+    code, built = ExitCode.PASS, finished.built
+    if built is not None:
+        code = built.exit_code if finished.interrupted else cli_verdict.shell(built, inconclusive)
+        finished = replace(finished, built=replace(built, exit_code=code))
+    show_run(finished, as_json=as_json)
     raise typer.Exit(ExitCode.INTERRUPTED if finished.interrupted else code)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the whole run.")],
+    parts: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders made with --shard.")
+    ],
+    inconclusive: OnInconclusive = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the parts of one run together and report the verdict; needs no torch."""
+    from redteam.output import show_merged
+    from reports import build_reports
+    from reports.merge import merge as put_together
+
+    merged = put_together(parts, out)
+    built = build_reports(out)
+    code = cli_verdict.shell(built, inconclusive)
+    show_merged(out, merged, replace(built, exit_code=code), as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -207,15 +242,18 @@ def plan(
     overrides: Overrides = None,
     limit: Limit = None,
     seed: Seed = None,
+    shard: ShardOf = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what would run and about how long it takes; loads no model."""
     from redteam.capabilities import cautions
     from redteam.output import show_plan
     from redteam.plan import make_plan
+    from redteam.sharding import Shard
 
     checked = _load(scenario, overrides, limit=limit, seed=seed)
-    show_plan(make_plan(checked), _samples(checked), as_json=as_json)
+    part = None if shard is None else Shard.parse(shard)
+    show_plan(make_plan(checked), _samples(checked), part, as_json=as_json)
     _warn(cautions(checked))
 
 

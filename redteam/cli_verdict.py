@@ -90,7 +90,7 @@ def gate(
             f"{gates or run_folder} states no gates, so there is nothing to decide; give some with "
             "--gates FILE, such as: gates: [{metric: csfr, max: 0.1}]"
         )
-    others = Baselines(manifest, baseline)
+    others = Baselines(manifest, baseline, run_folder)
     summary = summarise(manifest, store.trials(), store.calibrations(), others)
     code = _shell(
         ExitCode(summary["exit_code"]),

@@ -116,12 +116,24 @@ class Asker:
         shots: Mapping[int, Shot],
         function: Callable[[Sequence[int]], Sequence[Result]],
         where: str,
+        key: str = "",
     ) -> dict[int, Result | Failure]:
-        """Apply a function to batches of indices whose pictures have one size."""
+        """Apply a function to batches of indices whose pictures have one size.
+
+        Args:
+            shots: by index.
+            function: indices of a batch → as many results.
+            where: what is being done, for the record of errors.
+            key: what it is done with, as far as it decides how much memory is needed.
+        """
         found: dict[int, Result | Failure] = {}
         for indices in of_one_size(shots):
             results = self.batcher.map(
-                indices, function, where, names=lambda index: shots[index].sample.id
+                indices,
+                function,
+                where,
+                names=lambda index: shots[index].sample.id,
+                key=f"{where}/{key}/{shots[indices[0]].pixels.shape}",
             )
             found.update(zip(indices, results, strict=True))
         return found
@@ -149,7 +161,8 @@ class Asker:
             imposed = None if forced is None else [forced[index] for index in indices]
             return self._replies(chosen, compression, defense, imposed)
 
-        return self.each(shots, reply, where)
+        through = "" if compression is None else compression.label
+        return self.each(shots, reply, where, f"{through}/{defense.label}")
 
     def _replies(
         self,

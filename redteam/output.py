@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from redteam.plan import Plan
     from redteam.runner import Finished
     from redteam.scenario import Scenario
+    from redteam.sharding import Shard
     from reports import Built
     from reports.measurement import Measurement
+    from reports.merge import Merged
     from reports.terminal import Table as Rows
 
 _WIDE: Final = 180
@@ -60,6 +62,9 @@ def write_json(data: object) -> None:
 
 def show_run(finished: Finished, *, as_json: bool) -> None:
     """The end of ``redteam run``."""
+    if finished.built is None:
+        _show_part(finished, as_json=as_json)
+        return
     show_report(
         finished.folder,
         finished.built,
@@ -67,6 +72,48 @@ def show_run(finished: Finished, *, as_json: bool) -> None:
         interrupted=finished.interrupted,
         notes=finished.notes,
     )
+
+
+def _show_part(finished: Finished, *, as_json: bool) -> None:
+    """The end of ``redteam run --shard``: nothing is judged."""
+    state = "stopped" if finished.interrupted else "finished"
+    if as_json:
+        write_json(
+            {
+                "folder": str(finished.folder),
+                "shard": str(finished.shard),
+                "state": state,
+                "trials": finished.trials,
+                "notes": list(finished.notes),
+            }
+        )
+        return
+    console = stdout()
+    console.print()
+    console.print(f"Part {finished.shard} {state}: {count(finished.trials, 'trial')} recorded")
+    for note in finished.notes:
+        console.print(Text(f"! {note}", style="yellow"), soft_wrap=True)
+    console.print(Text(f"data     {finished.folder}"), soft_wrap=True)
+    after = (
+        f"run the same command with --out {finished.folder} to continue"
+        if finished.interrupted
+        else "when all parts are there: redteam merge OUT RUN...   (one folder for each part)"
+    )
+    console.print(Text(f"next     {after}"), soft_wrap=True)
+
+
+def show_merged(folder: Path, merged: Merged, built: Built, *, as_json: bool) -> None:
+    """The end of ``redteam merge``."""
+    notes = list(merged.notes)
+    if merged.repeated:
+        differently = f"; {merged.disagreeing:,} were answered differently there"
+        notes.append(
+            f"{count(merged.repeated, 'trial')} stood in several folders, the first measured counts"
+            f"{differently if merged.disagreeing else ''}"
+        )
+    if merged.missing:
+        notes.append(f"{count(merged.missing, 'trial')} stand in no folder: a part is missing")
+    show_report(folder, built, as_json=as_json, notes=tuple(notes))
 
 
 def show_report(
@@ -255,12 +302,13 @@ def show_valid(scenario: Scenario) -> None:
     console.print(f"{scenario.path} is valid: {', '.join(words)} (hash {scenario.hash})")
 
 
-def show_plan(plan: Plan, samples: int, *, as_json: bool) -> None:
+def show_plan(plan: Plan, samples: int, shard: Shard | None = None, *, as_json: bool) -> None:
     """The end of ``redteam plan``."""
     from redteam.cost import estimate
     from redteam.progress import duration
 
     found = estimate(plan, samples)
+    part = None if shard is None else _part(plan, samples, shard)
     if as_json:
         write_json(
             {
@@ -270,6 +318,7 @@ def show_plan(plan: Plan, samples: int, *, as_json: bool) -> None:
                 "answers": found.answers,
                 "rough_cpu_seconds": found.seconds,
                 "cells": [cell.model_dump(mode="json") for cell in plan.cells],
+                **({} if part is None else {"shard": part}),
             }
         )
         return
@@ -304,6 +353,24 @@ def show_plan(plan: Plan, samples: int, *, as_json: bool) -> None:
         console.print("how long is not known for this target: try --limit 4 and multiply")
     else:
         console.print(f"roughly {duration(found.seconds)} on a CPU with two cores")
+    if part is not None:
+        units = count(len(part["units"]), "unit")
+        share = f"{part['share_of_cost']:.0%} of the cost"
+        console.print(f"part {shard}: {units}, {part['trials']:,} trials, about {share}")
+
+
+def _part(plan: Plan, samples: int, shard: Shard) -> dict[str, Any]:
+    """What one part of a run does."""
+    from redteam.cost import unit_cost
+
+    units = list(plan.units(samples))
+    mine = shard.part(units)
+    return {
+        "shard": str(shard),
+        "units": [unit.id for unit in mine],
+        "trials": sum(len(unit.samples) * len(unit.group.cells) for unit in mine),
+        "share_of_cost": sum(map(unit_cost, mine)) / (sum(map(unit_cost, units)) or 1.0),
+    }
 
 
 def show_listing(what: str, name: str | None, *, as_json: bool) -> None:

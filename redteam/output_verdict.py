@@ -238,7 +238,7 @@ def show_power(tables: Sequence[PowerTable], *, as_json: bool) -> None:
         if one.rows:
             table = _table(("truth", "decision", "samples"), ("truth", "samples"))
             for row in one.rows:
-                samples = "cannot be told apart" if row.samples is None else f"{row.samples:,}"
+                samples = "no number does" if row.samples is None else f"{row.samples:,}"
                 table.add_row(row.true, row.decision, samples)
             console.print(table)
         for note in one.notes:

@@ -22,6 +22,7 @@ from redteam.errors import NothingSelected
 from redteam.plan import Plan, WorkUnit, make_plan
 from redteam.scenario import Scenario
 from redteam.screening import described, filter_of, recorded
+from redteam.sharding import Shard
 from reports import Built, build_reports
 from reports.errors import ResumeMismatch
 from reports.records import Manifest, Trial
@@ -50,24 +51,29 @@ class Finished:
 
     Attributes:
         folder: the run folder.
-        built: its reports and the verdict.
+        built: its reports and the verdict; None of a part, which nothing can be said about.
         interrupted: whether the user stopped it.
         notes: what a reader should know before trusting the table, beside those of `built`.
+        shard: the part of a run that this was; None of a whole run.
+        trials: recorded in the folder, errors included.
     """
 
     folder: Path
-    built: Built
+    built: Built | None
     interrupted: bool
     notes: tuple[str, ...] = ()
+    shard: Shard | None = None
+    trials: int = 0
 
 
-def default_folder(scenario: Scenario) -> Path:
-    """``runs/<name>-<time>-<hash>``, time in UTC."""
+def default_folder(scenario: Scenario, shard: Shard | None = None) -> Path:
+    """``runs/<name>-<time>-<hash>``, time in UTC; of a part also ``-<i>of<n>``."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{scenario.name}-{stamp}-{scenario.hash[:8]}"
+    part = "" if shard is None else f"-{shard.index}of{shard.of}"
+    return Path("runs") / f"{scenario.name}-{stamp}-{scenario.hash[:8]}{part}"
 
 
-def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
+def run(scenario: Scenario, folder: Path, watcher: Watcher, shard: Shard | None = None) -> Finished:
     """Run a scenario into a folder; continue if the folder holds this run already.
 
     Nothing is written before the scenario, the data and every target have been found usable.
@@ -76,6 +82,7 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
         scenario: checked.
         folder: a new or empty one, or that of an earlier run of the same scenario.
         watcher: told what happens.
+        shard: the part to run; None for all of it.
 
     Raises:
         RedteamError: if the scenario cannot be run.
@@ -89,9 +96,9 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
     resumed = (folder / MANIFEST).exists()
     if resumed:
         samples = without(samples, recorded(RunStore.read(folder).manifest.provenance))
-        units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples))
+        units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples), shard)
         if not units:
-            return Finished(folder, build_reports(folder), False, cautions(scenario))
+            return _finished(folder, False, cautions(scenario), shard)
     engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say, calibration)
     identity = engine.prepare()
     made_with = provenance.collect(engine.device, identity, scenario.engine.model_dump())
@@ -101,8 +108,18 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher) -> Finished:
         samples = _screened(scenario, samples, engine, made_with)
     manifest = make_manifest(plan, samples, made_with)
     with RunStore.create_or_open(folder, manifest, scenario.text) as store:
-        interrupted = _execute(plan, samples, engine, store, watcher)
-    return Finished(folder, build_reports(folder), interrupted, cautions(scenario))
+        interrupted = _execute(plan, samples, engine, store, watcher, shard)
+    return _finished(folder, interrupted, cautions(scenario), shard)
+
+
+def _finished(
+    folder: Path, interrupted: bool, notes: tuple[str, ...], shard: Shard | None
+) -> Finished:
+    """The end of a run, judged unless it is a part."""
+    if shard is None:
+        return Finished(folder, build_reports(folder), interrupted, notes)
+    trials = len(RunStore.read(folder).done())
+    return Finished(folder, None, interrupted, notes, shard, trials)
 
 
 def _screened(
@@ -139,12 +156,15 @@ def make_manifest(plan: Plan, samples: Samples, made_with: dict[str, Any]) -> Ma
     )
 
 
-def pending(plan: Plan, ids: tuple[str, ...], store: RunStore) -> list[WorkUnit]:
-    """Units with a trial that is missing or ended in an error."""
+def pending(
+    plan: Plan, ids: tuple[str, ...], store: RunStore, shard: Shard | None = None
+) -> list[WorkUnit]:
+    """Units with a trial that is missing or ended in an error, of a part or of the whole run."""
     done = store.done(errors=False)
+    units = list(plan.units(len(ids)))
     return [
         unit
-        for unit in plan.units(len(ids))
+        for unit in (units if shard is None else shard.part(units))
         if any(
             (one.cell.id, ids[index]) not in done
             for index in unit.samples
@@ -153,20 +173,27 @@ def pending(plan: Plan, ids: tuple[str, ...], store: RunStore) -> list[WorkUnit]
     ]
 
 
-def _resumable(folder: Path, manifest: Manifest, plan: Plan, count: int) -> list[WorkUnit]:
+def _resumable(
+    folder: Path, manifest: Manifest, plan: Plan, count: int, shard: Shard | None
+) -> list[WorkUnit]:
     """What is left of a run, refused before any model is loaded if it is another run."""
     store = RunStore.read(folder)
     changed = differences(store.manifest, manifest.model_copy(update={"provenance": {}}))
     if changed:
         raise ResumeMismatch(folder, changed)
-    return pending(plan, tuple(manifest.samples[:count]), store)
+    return pending(plan, tuple(manifest.samples[:count]), store, shard)
 
 
 def _execute(
-    plan: Plan, samples: Samples, engine: LocalEngine, store: RunStore, watcher: Watcher
+    plan: Plan,
+    samples: Samples,
+    engine: LocalEngine,
+    store: RunStore,
+    watcher: Watcher,
+    shard: Shard | None = None,
 ) -> bool:
     """Run what is missing; True if the user stopped it."""
-    units = pending(plan, samples.ids, store)
+    units = pending(plan, samples.ids, store, shard)
     done = store.done(errors=False)
     watcher.prepared(store.folder, units, len(done))
     with _stoppable(watcher.say) as stop:
@@ -178,7 +205,7 @@ def _execute(
             trials = engine.execute(unit, store)
             store.append(trial for trial in trials if (trial.cell, trial.sample) not in done)
             watcher.finished(unit, trials)
-    return stop() and bool(pending(plan, samples.ids, store))
+    return stop() and bool(pending(plan, samples.ids, store, shard))
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def build_reports(folder: Path, baseline: Path | None = None) -> Built:
     from reports.verdict import ExitCode, Verdict
 
     store = RunStore.read(folder)
-    others = Baselines(store.manifest, baseline)
+    others = Baselines(store.manifest, baseline, folder)
     summary = summarise(store.manifest, store.trials(), store.calibrations(), others)
     found = collect(store)
     return Built(

@@ -104,19 +104,21 @@ class Baselines:
     Args:
         manifest: of the run that is compared.
         given: a baseline that takes the place of all the gates name; None to use theirs.
+        folder: of the run, which cannot be its own baseline; None if unknown.
 
     Raises:
-        ReportError: if the one given cannot be read, or is on other data.
+        ReportError: if the one given cannot be read, is on other data, or is the run itself.
     """
 
-    def __init__(self, manifest: Manifest, given: Path | None = None) -> None:
-        self._manifest = manifest
+    def __init__(
+        self, manifest: Manifest, given: Path | None = None, folder: Path | None = None
+    ) -> None:
+        self._manifest, self._folder = manifest, folder
         self._read: dict[str, Baseline | str] = {}
         self._matchings: dict[str, Matching] = {}
         self._given: Baseline | None = None
         if given is not None:
-            self._given = Baseline.read(given)
-            refuse_unlike(self._given.manifest, manifest, str(given))
+            self._given = self._checked(given, str(given))
 
     def of(self, gate: GateSpec) -> Baseline | str:
         """The baseline of a gate, or why it has none."""
@@ -134,10 +136,17 @@ class Baselines:
         if folder is None:
             return f"the baseline {plain(gate.baseline)} is not there; give --baseline RUN"
         try:
-            found = Baseline.read(folder, gate.baseline)
-            refuse_unlike(found.manifest, self._manifest, f"the baseline {plain(gate.baseline)}")
+            return self._checked(folder, gate.baseline)
         except ReportError as error:
             return plain(str(error))
+
+    def _checked(self, folder: Path, name: str) -> Baseline:
+        if self._folder is not None and folder.resolve() == self._folder.resolve():
+            raise ReportError(
+                f"{name} is the run itself, which is never worse than itself; name an earlier run"
+            )
+        found = Baseline.read(folder, name)
+        refuse_unlike(found.manifest, self._manifest, name)
         return found
 
     def change(self, gate: GateSpec, cell: Cell, rows: Sequence[Row], seed: int) -> Measured:

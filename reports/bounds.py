@@ -22,8 +22,8 @@ from reports.statistics import two_sided
 
 _SMALLEST = 1e-9
 """Tails below it are not told apart: no run has the samples to tell."""
-_STEPS = 40
-"""Halvings of a p-value's logarithm, which fix its first nine digits."""
+_STEPS = 30
+"""Halvings of a p-value's logarithm, which fix its first seven digits."""
 
 
 class Bounds:
@@ -110,16 +110,23 @@ class Proportion(Bounds):
         return exact.upper_bound(*self._counts(confidence), confidence)
 
     def p_above(self, limit: float) -> float:
-        """Binomial tail where samples are independent, else as of any bound."""
-        if not self._clusters.alone or self.events is None:
-            return super().p_above(limit)
-        return exact.at_least(self.events, self.n, min(1.0, max(0.0, limit)))
+        """Binomial tail, of as many samples as it says itself that they are worth."""
+        return self._tail(exact.at_least, limit)
 
     def p_below(self, limit: float) -> float:
         """Likewise."""
-        if not self._clusters.alone or self.events is None:
-            return super().p_below(limit)
-        return exact.at_most(self.events, self.n, min(1.0, max(0.0, limit)))
+        return self._tail(exact.at_most, limit)
+
+    def _tail(self, tail: Callable[[float, float, float], float], limit: float) -> float:
+        limit, p = min(1.0, max(0.0, limit)), 0.05
+        for _ in range(_STEPS):
+            # The effective size depends on the level, and hardly: this settles in a few steps.
+            # From one half on no level is a bound's; of independent samples it is exact at once.
+            size = self._counts(1 - min(max(p, _SMALLEST), 0.5))
+            before, p = p, tail(*size, limit)
+            if math.isclose(p, before, rel_tol=1e-9) or self._clusters.alone:
+                break
+        return p
 
     def _counts(self, confidence: float) -> tuple[float, float]:
         size = self._clusters.effective_size(confidence)

@@ -183,7 +183,8 @@ def of_clean(gate: GateSpec) -> bool:
 def harmless(gate: GateSpec) -> bool:
     """Whether a gate claims nothing that a stronger attack could undo."""
     better = METRICS[gate.metric].better if gate.metric in METRICS else "neither"
-    at_least = (better == "lower" and gate.max is None) or (better == "higher" and gate.min is None)
+    least, most = gate.limits
+    at_least = (better == "lower" and most is None) or (better == "higher" and least is None)
     return of_clean(gate) or at_least
 
 

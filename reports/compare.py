@@ -22,7 +22,7 @@ from reports.matching import Matching, match
 from reports.measure import Row, measure
 from reports.multiplicity import holm
 from reports.paired import PairedTable, newcombe, sign_test
-from reports.records import Cell
+from reports.records import Cell, Manifest
 from reports.text import count, epsilon_text, plain
 from reports.verdict import ExitCode
 
@@ -90,7 +90,7 @@ class Comparison(_Record):
     exit_code: ExitCode
     headline: str
     compared: list[str]
-    """What differs between the runs in target, compression or defence."""
+    """What differs between the runs in target, compression, defence, seed or length of answers."""
     cells: list[ComparedCell]
     only_before: list[str]
     """Labels of cells of the baseline that the run does not have."""
@@ -126,7 +126,7 @@ def compare(before: Baseline, now: Baseline) -> Comparison:
         now=now.told,
         exit_code=code,
         headline=_headline(cells, matching, code),
-        compared=list(matching.compared),
+        compared=[*_settings(before.manifest, now.manifest), *matching.compared],
         cells=cells,
         only_before=[cell_label(cell) for cell in matching.only_before],
         only_now=[(cell_label(cell), why) for cell, why in matching.only_now],
@@ -144,6 +144,15 @@ def _refuse_other_questions(before: Baseline, now: Baseline) -> None:
             f"of {len(shared):,} have another question, answer or image under the same id, first "
             f"{plain(other[0])!r}; run both on the same data"
         )
+
+
+def _settings(before: Manifest, now: Manifest) -> list[str]:
+    """What differs besides cells and data, and may explain a difference."""
+    seeds, answers = (before.seed, now.seed), [one.scenario.get("answers") for one in (before, now)]
+    found = [f"seed: {seeds[0]} → {seeds[1]}"] if seeds[0] != seeds[1] else []
+    if answers[0] != answers[1]:
+        found.append(f"answers: {answers[0] or 'default'} → {answers[1] or 'default'}")
+    return found
 
 
 Pairs = Sequence[tuple[Cell, Cell]]

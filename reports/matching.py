@@ -135,7 +135,7 @@ def unlike(before: Manifest, now: Manifest) -> list[str]:
                 f"the data differ: hash {hashes[0]} in the baseline, {hashes[1]} in the run"
             )
     else:
-        lines = _changed(before.scenario.get("dataset"), now.scenario.get("dataset"))
+        lines = _changed(before.scenario.get("dataset", {}), now.scenario.get("dataset", {}))
         if lines:
             found.append(f"the data set differs: {'; '.join(lines)}")
     old, new = set(before.samples), set(now.samples)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reports.availability import Latency
 from reports.badges import Badges
 from reports.baseline import Baselines
 from reports.checks import Doubt, grouped, run_checks, vetoes
-from reports.deciding import Measured, Run, decide
+from reports.deciding import Doubts, Measured, Run, decide
 from reports.detection import Scores, detectors
 from reports.errors import ReportError
-from reports.gate import Progress, cell_label, conclude
+from reports.gate import GateDecision, Progress, cell_label, conclude
 from reports.gate_bounds import bounds_of
 from reports.measure import CONFIDENCE, OUTCOMES, Row, measure, row_of
 from reports.paired import PairedTable, newcombe
@@ -84,25 +84,12 @@ def summarise(
     def name(cell: Cell) -> str:
         return cell_label(cell, badges.of(cell))
 
-    others = Baselines(manifest) if baselines is None else baselines
-
-    def measured_for(gate: GateSpec, cell: Cell) -> Measured:
-        mine, seed = rows[cell.id], seed_of(manifest, cell.id)
-        if gate.compares:
-            return others.change(gate, cell, mine, seed)
-        interval = of(cell, gate.confidence).get(gate.metric, EMPTY)
-        return Measured(bounds_of(mine, gate.metric, seed), interval)
-
-    gates = decide(
-        manifest.gates,
-        Run(
-            manifest.cells,
-            measured_for,
-            lambda cell: progress[cell.id],
-            doubt,
-            name,
-            lambda cell: of(cell, CONFIDENCE)["clean_drop"],
-        ),
+    gates = _decided(
+        manifest,
+        rows,
+        Baselines(manifest) if baselines is None else baselines,
+        lambda cell, name, confidence: of(cell, confidence).get(name, EMPTY),
+        (lambda cell: progress[cell.id], doubt, name),
     )
     whole = Progress(
         expected=sum(p.expected for p in progress.values()),
@@ -142,6 +129,28 @@ def summarise(
         summary["detectors"] = watched
     matrix = transfer(manifest.cells, summary["cells"])
     return summary if matrix is None else {**summary, "transfer": matrix}
+
+
+def _decided(
+    manifest: Manifest,
+    rows: Mapping[str, Sequence[Row]],
+    baselines: Baselines,
+    estimate: Callable[[Cell, str, float], Estimate],
+    seen: tuple[Callable[[Cell], Progress], Doubts, Callable[[Cell], str]],
+) -> list[GateDecision]:
+    """The gates of a run, each from the bounds of its metric or of its change."""
+
+    def measured(gate: GateSpec, cell: Cell) -> Measured:
+        mine, seed = rows[cell.id], seed_of(manifest, cell.id)
+        if gate.compares:
+            return baselines.change(gate, cell, mine, seed)
+        interval = estimate(cell, gate.metric, gate.confidence)
+        return Measured(bounds_of(mine, gate.metric, seed), interval)
+
+    def clean_drop(cell: Cell) -> Estimate:
+        return estimate(cell, "clean_drop", CONFIDENCE)
+
+    return decide(manifest.gates, Run(manifest.cells, measured, *seen, clean_drop))
 
 
 def _noted(trials: Iterable[Trial], scores: Scores) -> Iterator[Trial]:

@@ -340,7 +340,8 @@ class LocalEngine:
         def run(indices: Sequence[int]) -> list[_Made]:
             return self._propose(asker, group, [shots[index] for index in indices], store)
 
-        for index, made in asker.each(shots, run, f"attack {group.attack.label}").items():
+        where = f"attack {group.attack.label}"
+        for index, made in asker.each(shots, run, where, key=group.id).items():
             if isinstance(made, Failure):
                 found[index] = made
             else:

@@ -161,6 +161,33 @@ def test_ctrl_c_finishes_the_unit_and_resumes(finished: Workplace, workplace: Wo
     assert again == answers, "seeds depend on the batch size"
 
 
+def test_parts_that_are_merged_equal_one_run(finished: Workplace, workplace: Workplace) -> None:
+    for part in ("1/3", "2/3", "3/3"):
+        done = workplace.redteam(
+            "run", "scenario.yaml", "--shard", part, "--out", f"part-{part[0]}"
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"Part {part} finished" in done.stdout
+        assert "redteam merge" in done.stdout
+        assert not (workplace.folder / f"part-{part[0]}" / "report.html").exists()
+    done = workplace.redteam("merge", "merged", "part-1", "part-2", "part-3")
+    assert done.returncode == 4, done.stderr
+    assert done.stdout.strip().startswith("Inconclusive")
+    merged, whole = workplace.folder / "merged", finished.folder / "run"
+    assert cells(merged) == cells(whole)
+    pictures = {(t["cell"], t["sample"]): t["attacked_png"] for t in ledger(whole)}
+    assert {(t["cell"], t["sample"]): t["attacked_png"] for t in ledger(merged)} == pictures
+    made = json.loads((merged / "manifest.json").read_text())["provenance"]["merged"]
+    assert [one["folder"] for one in made] == ["part-1", "part-2", "part-3"]
+
+
+def test_a_part_that_is_not_there_leaves_the_run_incomplete(workplace: Workplace) -> None:
+    workplace.redteam("run", "scenario.yaml", "--shard", "1/2", "--out", "part")
+    done = workplace.redteam("merge", "merged", "part", "--json")
+    assert done.returncode == 3
+    assert any("a part is missing" in note for note in json.loads(done.stdout)["notes"])
+
+
 def test_results_do_not_depend_on_the_batch_size(finished: Workplace, workplace: Workplace) -> None:
     workplace.edit("batch_size: 4", "batch_size: 1")
     workplace.edit("  - {type: pgd, steps: 3, epsilons: [32/255]}\n  - {type: caa, steps: 4}\n", "")

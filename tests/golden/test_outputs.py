@@ -111,7 +111,7 @@ def test_every_reader_follows_the_decision(
     )
     assert done.returncode == code
     page = (folder / "report.html").read_text()
-    assert f"<h1>{built.headline}" in page or built.headline in page
+    assert f"<h2>{built.headline}</h2>" in page
     assert (folder / "summary.md").read_text().startswith(f"## {mark} {built.headline}: ")
     gates = junit(folder)[0]
     (case,) = gates.findall("testcase")

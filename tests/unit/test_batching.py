@@ -64,7 +64,7 @@ def test_a_blame_on_everybody_is_tried_one_by_one() -> None:
     assert Batcher(3).map(range(3), grumpy, "x") == [0, 1, 2]
 
 
-def test_memory_halves_the_batch_for_good() -> None:
+def test_memory_halves_the_batch_for_good_for_work_of_its_kind() -> None:
     warnings: list[str] = []
     sizes: list[int] = []
 
@@ -77,9 +77,36 @@ def test_memory_halves_the_batch_for_good() -> None:
     batcher = Batcher(16, warnings.append)
     assert batcher.map(range(10), hungry, "x") == list(range(10))
     assert sizes == [10, 5, 2, 2, 2, 2, 2]
-    assert batcher.size == 2
+    assert batcher.fitting("x") == 2
     assert len(warnings) == 2
     assert "going on with 2" in warnings[1]
+    assert batcher.fitting("y") == batcher.size == 16, "other work may need less"
+
+
+def test_what_failed_is_let_go_before_less_is_tried() -> None:
+    alive: list[int] = []
+
+    class Tensor:
+        def __init__(self) -> None:
+            alive.append(id(self))
+
+        def __del__(self) -> None:
+            alive.remove(id(self))
+
+    def hungry(batch: Sequence[int]) -> list[int]:
+        assert not alive, "the first attempt still holds its memory"
+        held = Tensor()
+        me = {"tensor": held}
+        me["myself"] = me  # type: ignore[assignment]
+        if len(batch) > 1:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError("out of memory in the layer") from error
+        del held, me["tensor"]
+        return list(batch)
+
+    assert Batcher(4).map(range(3), hungry, "x") == [0, 1, 2]
 
 
 def test_memory_for_not_even_one() -> None:

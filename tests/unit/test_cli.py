@@ -42,7 +42,19 @@ def test_help_is_fast_and_light(tmp_path: Path) -> None:
         started = time.perf_counter()
         out = redteam("--help", cwd=tmp_path).stdout
         times.append(time.perf_counter() - started)
-    for command in ("run", "measure", "validate", "plan", "list", "report", "doctor", "init"):
+    for command in (
+        "run",
+        "measure",
+        "validate",
+        "plan",
+        "list",
+        "report",
+        "gate",
+        "compare",
+        "power",
+        "doctor",
+        "init",
+    ):
         assert f"\n  {command} " in out
     assert min(times) < 0.8, f"0.25 s on an idle machine, here {times}"
 

@@ -277,6 +277,15 @@ def test_entries_are_one_for_each_code_and_attack() -> None:
         ("clean_drop", {"max": 0.1}, "not-repeatable", False),
         ("length_full_clean", {"max": 9}, "no-gain", False),
         ("jaccard", {"min": 0.5}, "no-gain", True),
+        (
+            "csfr",
+            {"max_increase": 0.1},
+            "no-gain",
+            True,
+        ),  # a weaker attack would look like progress
+        ("csfr", {"max_decrease": 0.1}, "no-gain", False),
+        ("acc_compressed_attacked", {"max_decrease": 0.1}, "no-gain", True),
+        ("acc_compressed_clean", {"max_decrease": 0.1}, "no-gain", False),
     ],
 )
 def test_what_a_doubt_can_stop(

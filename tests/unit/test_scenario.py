@@ -280,3 +280,29 @@ def test_reading_scenarios_imports_no_torch() -> None:
 def test_an_override_may_name_methods_by_a_bare_word(tmp_path: Path) -> None:
     scenario = load(tmp_path, GOOD, "attacks=[noise, suite]", "gates=[]")
     assert [attack.type for attack in scenario.attacks] == ["noise", "suite"]
+
+
+def test_gates_on_a_change_and_families(tmp_path: Path) -> None:
+    text = GOOD + "  - {metric: csfr, max_increase: 0.02, baseline: runs/main, family: release}\n"
+    gate = load(tmp_path, text).gates[-1]
+    assert (gate.baseline, gate.family, gate.max_increase) == ("runs/main", "release", 0.02)
+    assert gate.baseline_folder == str((tmp_path / "runs" / "main").resolve())
+    assert gate.name == "csfr rises by ≤ 0.02"
+
+
+def test_a_gate_is_resolved_to_what_decides_and_to_nothing_of_this_machine(tmp_path: Path) -> None:
+    text = GOOD + "  - {metric: csfr, max_decrease: 0.02, baseline: runs/main}\n"
+    old, new = load(tmp_path, text).resolved()["gates"]
+    # As before these keys were there, so that runs from then can be resumed.
+    assert set(old) == {"name", "metric", "max", "min", "where", "confidence"}
+    assert set(new) - set(old) == {"baseline", "max_decrease"}
+
+
+def test_a_baseline_that_is_not_there_is_a_caution_and_no_error(tmp_path: Path) -> None:
+    from redteam.capabilities import cautions
+
+    text = GOOD + "  - {metric: csfr, max_increase: 0.02, baseline: base}\n"
+    (said,) = [one for one in cautions(load(tmp_path, text)) if "baseline" in one]
+    assert said.startswith("gate 'csfr rises by ≤ 0.02' cannot pass: its baseline base is not")
+    (tmp_path / "base").mkdir()
+    assert not [one for one in cautions(load(tmp_path, text)) if "baseline" in one]
