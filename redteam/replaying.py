@@ -10,7 +10,6 @@ scores that nearly tie may fall the other way.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from redteam.findings import Findings
 from redteam.pictures import decode_png
 from redteam.scenario import Method
 from redteam.validation import AnswerOptions, check_method
+from reports.command import scenario_in
 from reports.errors import StoreError
 from reports.gate import cell_label
 from reports.records import Cell, Trial
@@ -334,12 +334,5 @@ def _swapped(
 
 def _folder_of(command: str) -> Path:
     """Folder of the scenario in ``redteam run scenarios/x.yaml``, or the current one."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        words = []
-    for word in words:
-        if word.endswith((".yaml", ".yml")) and "=" not in word:
-            path = Path(word)
-            return path.parent if path.is_file() else Path()
-    return Path()
+    path = Path(scenario_in(command))
+    return path.parent if path.is_file() else Path()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -21,6 +20,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from reports import taxonomy
+from reports.command import scenario_in
 from reports.records import Cell, Manifest
 from reports.registry import METRICS
 from reports.text import count, plain
@@ -287,15 +287,11 @@ def _leading_overrides(scenario: str) -> Iterable[str]:
 
 
 def _path_in(command: str) -> str:
-    """The scenario in ``redteam run scenarios/x.yaml …`` if it is a file below; "" if not."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        return ""
-    names = [one for one in words if re.fullmatch(r"[^-=][^=]*\.ya?ml", one)]  # no KEY=VALUE
-    path = PurePosixPath(plain(names[0]).replace("\\", "/")) if names else PurePosixPath("/")
-    outside = path.is_absolute() or ".." in path.parts or "…" in path.parts
-    return "" if outside or not re.match(r"[^:]+$", str(path)) else str(path)
+    """The scenario file of a command if it lies below the folder of the command; "" if not."""
+    name = plain(scenario_in(command)).replace("\\", "/")
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or ".." in path.parts or "…" in path.parts or ":" in name
+    return "" if outside or not name else str(path)
 
 
 def _inert(text: str, limit: int = 2_000) -> str:

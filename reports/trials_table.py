@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Final, Literal
 
 from reports.errors import ReportError
 from reports.files import replacing
-from reports.records import Answer, Cell, Demand, Trial
+from reports.records import Cell, Trial
 from reports.store import RunStore
 from reports.text import plain
 
@@ -79,30 +80,34 @@ def _answers() -> Iterator[Column]:
     for which in _ANSWERS:
         image, path = which.split("_")
         where = f"{image} image, {'all tokens' if path == 'full' else 'compressed'}"
+        yield _inside(
+            "answers", which, "text", f"Answer: {where}.", f"{which}_text", lambda one: one.text
+        )
+        yield _inside(
+            "answers",
+            which,
+            "flag",
+            f"Right: {where}.",
+            f"{which}_correct",
+            lambda one: one.correct,
+        )
 
-        def text(one: Answer) -> str:
-            return one.text
 
-        def correct(one: Answer) -> bool:
-            return one.correct
-
-        yield _inside("answers", which, "text", f"Answer: {where}.", f"{which}_text", text)
-        yield _inside("answers", which, "flag", f"Right: {where}.", f"{which}_correct", correct)
+_DEMANDED: Final[tuple[tuple[str, Kind, str], ...]] = (
+    ("tokens", "integer", "Visual tokens of the language model"),
+    ("generated", "integer", "Tokens of the answer"),
+    ("seconds", "number", "Seconds of the answer"),
+    ("fallback", "flag", "A defence fell back to more tokens"),
+)
 
 
 def _demands() -> Iterator[Column]:
-    def field(name: str) -> Callable[[Demand], Any]:
-        return lambda one: getattr(one, name)
-
     for which in _ANSWERS:
-        for name, kind, what in (
-            ("tokens", "integer", "Visual tokens of the language model"),
-            ("generated", "integer", "Tokens of the answer"),
-            ("seconds", "number", "Seconds of the answer"),
-            ("fallback", "flag", "A defence fell back to more tokens"),
-        ):
+        for name, kind, what in _DEMANDED:
             meaning = f"{what}: {which.replace('_', ', ')}."
-            yield _inside("demands", which, kind, meaning, f"{which}_{name}", field(name))  # type: ignore[arg-type]
+            yield _inside(
+                "demands", which, kind, meaning, f"{which}_{name}", operator.attrgetter(name)
+            )
 
 
 COLUMNS: Final = (

@@ -54,6 +54,10 @@ def test_help_is_fast_and_light(tmp_path: Path) -> None:
         "power",
         "doctor",
         "init",
+        "runs",
+        "show",
+        "replay",
+        "export",
     ):
         assert f"\n  {command} " in out
     assert min(times) < 0.8, f"0.25 s on an idle machine, here {times}"
