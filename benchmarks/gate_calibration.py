@@ -338,7 +338,21 @@ def page(found: Sequence[Rates], runs: int, seed: int) -> str:
         ):
             cells.append(interval(events, one.runs) if one.kind in ("both", kind) else "–")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_reading(), ""])
+    return "\n".join([*lines, "", *_above(found), "", *_reading(), ""])
+
+
+def _above(found: Sequence[Rates]) -> list[str]:
+    """The rates above the nominal one, so that nobody has to look for them."""
+    above = [
+        f"{one.case}, {words}: {interval(events, one.runs)}"
+        for one in found
+        for words, kind, events in (
+            ("false pass", "pass", one.passes),
+            ("false fail", "fail", one.fails),
+        )
+        if one.kind in ("both", kind) and events > (1 - CONFIDENCE) * one.runs
+    ]
+    return [f"Above 5.0 %: {'; '.join(above) or 'none'}."]
 
 
 def _reading() -> list[str]:
@@ -347,7 +361,7 @@ def _reading() -> list[str]:
         "independent ones; *mild*: intraclass correlation 0.3. In the rows of CSG and of a rise with "
         "several questions all questions of an image share their fate. *2 gates × 12 cells*: every "
         "decision is at its limit and any FAIL is counted, so this is the family-wise rate that "
-        "Holm's correction holds. *12 cells, one at the limit*: the others are far within, which is "
+        "Holm's correction holds (both gates see the same events, as CSFR and attack success often do). *12 cells, one at the limit*: the others are far within, which is "
         "where a run is likeliest to pass wrongly.",
         "",
         "The exact bounds are conservative by nature (a count cannot hit 5 % exactly) and more so "

@@ -7,6 +7,7 @@ Nothing is imported before it is used.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -186,12 +187,15 @@ def entries(kind: Kind) -> dict[str, Entry]:
     Raises:
         CatalogError: if two packages claim one name.
     """
-    return dict(_entries(kind, entry_points))
+    return dict(_entries(kind, entry_points, tuple(sys.path)))
 
 
 @lru_cache(maxsize=64)
-def _entries(kind: Kind, installed: Callable[..., Iterable[EntryPoint]]) -> dict[str, Entry]:
-    """The same, read once a process: looking through all installed packages takes a millisecond."""
+def _entries(
+    kind: Kind, installed: Callable[..., Iterable[EntryPoint]], places: tuple[str, ...]
+) -> dict[str, Entry]:
+    """The same, read once for a search path: looking through all packages takes a millisecond."""
+    del places
     found = {name: Entry(kind, name, value) for name, value in BUILTIN[kind].items()}
     for point in sorted(installed(group=f"redteam.{kind}"), key=lambda point: point.name):
         if point.name in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -101,6 +102,9 @@ def run(
     seed: Seed = None,
     shard: ShardOf = None,
     inconclusive: OnInconclusive = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went; a little slower.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a scenario and report the verdict; with --shard, run a part of it.
@@ -118,13 +122,15 @@ def run(
         with console.status("loading …"):
             from redteam import runner
             from redteam.output import show_run
+            from redteam.profiling import Profile
             from redteam.progress import RunProgress
             from redteam.sharding import Shard
 
             part = None if shard is None else Shard.parse(shard)
         folder = out or runner.default_folder(checked, part)
-        with RunProgress(console) as progress:
-            finished = runner.run(checked, folder, progress, part)
+        clocks = Profile() if profile else None
+        with RunProgress(console) as progress, clocks or nullcontext():
+            finished = runner.run(checked, folder, progress, part, clocks)
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None
@@ -132,7 +138,7 @@ def run(
     if built is not None:
         code = built.exit_code if finished.interrupted else cli_verdict.shell(built, inconclusive)
         finished = replace(finished, built=replace(built, exit_code=code))
-    show_run(finished, as_json=as_json)
+    show_run(finished, as_json=as_json, profile=None if clocks is None else clocks.as_json())
     raise typer.Exit(ExitCode.INTERRUPTED if finished.interrupted else code)
 
 

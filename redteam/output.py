@@ -60,8 +60,12 @@ def write_json(data: object) -> None:
     stdout().file.write(text + "\n")
 
 
-def show_run(finished: Finished, *, as_json: bool) -> None:
+def show_run(
+    finished: Finished, *, as_json: bool, profile: Mapping[str, Any] | None = None
+) -> None:
     """The end of ``redteam run``."""
+    if profile is not None:
+        _show_profile(profile)
     if finished.built is None:
         _show_part(finished, as_json=as_json)
         return
@@ -72,6 +76,27 @@ def show_run(finished: Finished, *, as_json: bool) -> None:
         interrupted=finished.interrupted,
         notes=finished.notes,
     )
+
+
+def _show_profile(profile: Mapping[str, Any]) -> None:
+    """Where the time went; on standard error, since standard output is for results."""
+    console = stderr()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("where the time went")
+    for name in ("seconds", "share", "calls"):
+        table.add_column(name, justify="right")
+    for name, one in profile["phases"].items():
+        calls = f"{one['calls']:,}" if one["calls"] else ""
+        table.add_row(name, f"{one['seconds']:.2f}", f"{one['share']:.1%}", calls)
+    console.print()
+    console.print(table)
+    overhead = profile["overhead"]
+    if overhead is not None:
+        console.print(
+            f"overhead {overhead:.1%}: harness, images and ledger, of the time without loading and "
+            f"report; {profile['wall_seconds']:.1f} s in all on {profile['device']}",
+            soft_wrap=True,
+        )
 
 
 def _show_part(finished: Finished, *, as_json: bool) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from redteam import provenance
 from redteam.calibrating import open_calibration
@@ -27,6 +27,9 @@ from reports import Built, build_reports
 from reports.errors import ResumeMismatch
 from reports.records import Manifest, Trial
 from reports.store import MANIFEST, RunStore, differences
+
+if TYPE_CHECKING:
+    from redteam.profiling import Profile
 
 
 class Watcher(Protocol):
@@ -73,7 +76,13 @@ def default_folder(scenario: Scenario, shard: Shard | None = None) -> Path:
     return Path("runs") / f"{scenario.name}-{stamp}-{scenario.hash[:8]}{part}"
 
 
-def run(scenario: Scenario, folder: Path, watcher: Watcher, shard: Shard | None = None) -> Finished:
+def run(
+    scenario: Scenario,
+    folder: Path,
+    watcher: Watcher,
+    shard: Shard | None = None,
+    profile: Profile | None = None,
+) -> Finished:
     """Run a scenario into a folder; continue if the folder holds this run already.
 
     Nothing is written before the scenario, the data and every target have been found usable.
@@ -83,6 +92,7 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher, shard: Shard | None 
         folder: a new or empty one, or that of an earlier run of the same scenario.
         watcher: told what happens.
         shard: the part to run; None for all of it.
+        profile: an active one, to be told what is loading; it is written into the folder.
 
     Raises:
         RedteamError: if the scenario cannot be run.
@@ -99,8 +109,9 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher, shard: Shard | None 
         units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples), shard)
         if not units:
             return _finished(folder, False, cautions(scenario), shard)
-    engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say, calibration)
-    identity = engine.prepare()
+    with _phase(profile, "loading"):
+        engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say, calibration)
+        identity = engine.prepare()
     made_with = provenance.collect(engine.device, identity, scenario.engine.model_dump())
     if calibration is not None:
         made_with["calibration"] = {"samples": list(calibration.ids)}
@@ -109,6 +120,8 @@ def run(scenario: Scenario, folder: Path, watcher: Watcher, shard: Shard | None 
     manifest = make_manifest(plan, samples, made_with)
     with RunStore.create_or_open(folder, manifest, scenario.text) as store:
         interrupted = _execute(plan, samples, engine, store, watcher, shard)
+        if profile is not None:
+            store.save_profile(profile.as_json())
     return _finished(folder, interrupted, cautions(scenario), shard)
 
 
@@ -120,6 +133,10 @@ def _finished(
         return Finished(folder, build_reports(folder), interrupted, notes)
     trials = len(RunStore.read(folder).done())
     return Finished(folder, None, interrupted, notes, shard, trials)
+
+
+def _phase(profile: Profile | None, name: str) -> AbstractContextManager[None]:
+    return nullcontext() if profile is None else profile.phase(name)
 
 
 def _screened(

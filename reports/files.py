@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -66,6 +67,36 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with replacing(path) as file:
         file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: without it a power cut can lose a renamed file.
+
+    Does nothing where folders cannot be opened (Windows).
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def verified(path: Path, name: str) -> bytes:
+    """Bytes of a file that is named after the SHA-256 of its content.
+
+    Raises:
+        StoreError: if it is missing or is no longer what was stored.
+    """
+    with explained("read", path):
+        data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != name:
+        raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
+    return data
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@
 - ``calibration.json``, ``calibration/ab….safetensors``: scores of detectors on clean samples that
   are not tested, and what they learnt; in runs with detectors.
 - ``images/ab/ab….png``: images by the SHA-256 of their bytes.
+- ``profile.json``: where the time went, of sessions run with ``--profile``.
 - ``summary.json``, ``summary.md``, ``report.html``, ``junit.xml``, ``results.sarif``: made from
   these by `reports.build_reports`.
 """
@@ -21,13 +22,23 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
+from reports.artefacts import Artefacts
 from reports.errors import ResumeMismatch, StoreError
-from reports.files import FileLock, explained, write_atomically, write_json, write_text
+from reports.files import (
+    FileLock,
+    explained,
+    sync_folder,
+    verified,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from reports.ledger import Key, Ledger
 from reports.records import Calibration, Manifest, Trial
 
 MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.jsonl", "images"
 CALIBRATION, STATES = "calibration.json", "calibration"
+PROFILE = "profile.json"
 SUMMARY, MARKDOWN, REPORT = "summary.json", "summary.md", "report.html"
 JUNIT, SARIF = "junit.xml", "results.sarif"
 _LOCK = ".lock"
@@ -46,6 +57,7 @@ class RunStore:
     def __init__(self, folder: Path, manifest: Manifest, lock: FileLock | None) -> None:
         self.folder, self.manifest, self._lock = folder, manifest, lock
         self._ledger = Ledger(folder / LEDGER)
+        self._images = Artefacts(folder / IMAGES)
         self.repaired = False
 
     @classmethod
@@ -78,6 +90,8 @@ class RunStore:
             write_atomically(ledger, b"")
             write_text(folder / SCENARIO, scenario)
             write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            with explained("write", folder):
+                sync_folder(folder)
         except BaseException:
             lock.release()
             raise
@@ -140,12 +154,13 @@ class RunStore:
             ) from error
 
     def append(self, trials: Iterable[Trial]) -> None:
-        """Record the trials of one work unit; on return they survive a kill.
+        """Record the trials of one work unit; on return they and their images survive a kill.
 
         Raises:
             StoreError: if the disk refuses, or the run was opened for reading only.
         """
         self._writable()
+        self._images.settle()
         self._ledger.append(trials)
 
     def trials(self) -> Iterator[Trial]:
@@ -173,19 +188,17 @@ class RunStore:
     def save_png(self, data: bytes) -> str:
         """Store an image by content; return the SHA-256 (hex) of its bytes.
 
+        It is on the disk when `append` or `close` returns.
+
         Raises:
-            StoreError: if the disk refuses, or the run was opened for reading only.
+            StoreError: if the run was opened for reading only.
         """
         self._writable()
-        name = hashlib.sha256(data).hexdigest()
-        path = self.image_path(name)
-        if not path.exists():
-            write_atomically(path, data)
-        return name
+        return self._images.save(data)
 
     def image_path(self, name: str) -> Path:
         """Where the image with this content hash is stored."""
-        return self.folder / IMAGES / name[:2] / f"{name}.png"
+        return self._images.path(name)
 
     def read_png(self, name: str) -> bytes:
         """Bytes of a stored image.
@@ -193,7 +206,7 @@ class RunStore:
         Raises:
             StoreError: if it is missing or is no longer what was stored.
         """
-        return _verified(self.image_path(name), name)
+        return self._images.read(name)
 
     def calibrations(self) -> list[Calibration]:
         """What detectors were calibrated with so far; empty without any.
@@ -243,7 +256,7 @@ class RunStore:
         Raises:
             StoreError: if it is missing or is no longer what was stored.
         """
-        return _verified(self._state_path(name), name)
+        return verified(self._state_path(name), name)
 
     def _state_path(self, name: str) -> Path:
         return self.folder / STATES / f"{name}.safetensors"
@@ -253,6 +266,31 @@ class RunStore:
         path = self.folder / SCENARIO
         with explained("read", path):
             return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def save_profile(self, found: dict[str, Any]) -> None:
+        """Add where the time of one session of this run went; a resumed run has several.
+
+        Raises:
+            StoreError: if the disk refuses, or the run was opened for reading only.
+        """
+        self._writable()
+        write_json(self.folder / PROFILE, {"schema": 1, "sessions": [*self.profiles(), found]})
+
+    def profiles(self) -> list[dict[str, Any]]:
+        """Where the time of each profiled session went; empty without any.
+
+        Raises:
+            StoreError: if the file cannot be read.
+        """
+        path = self.folder / PROFILE
+        if not path.exists():
+            return []
+        with explained("read", path):
+            text = path.read_text(encoding="utf-8")
+        try:
+            return list(json.loads(text)["sessions"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read: {error}; delete it") from error
 
     def write_summary(self, summary: dict[str, Any]) -> Path:
         """Write summary.json atomically and return its path."""
@@ -265,10 +303,14 @@ class RunStore:
         return self.folder / name
 
     def close(self) -> None:
-        """Give the lock back."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        """Finish writing and give the lock back."""
+        try:
+            self._images.settle()
+        finally:
+            self._images.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -279,20 +321,15 @@ class RunStore:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StoreError:
+            if error is None:
+                raise  # else what went wrong first is the news
 
     def _writable(self) -> None:
         if self._lock is None:
             raise StoreError(f"{self.folder} is open for reading only; use RunStore.open")
-
-
-def _verified(path: Path, name: str) -> bytes:
-    """Bytes of a file that is named after its content."""
-    with explained("read", path):
-        data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != name:
-        raise StoreError(f"{path} was changed: its content no longer has the hash in its name")
-    return data
 
 
 def differences(stored: Manifest, now: Manifest) -> list[str]:

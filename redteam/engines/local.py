@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from redteam.adaptive import adapt
 from redteam.batching import Batcher, Failure
@@ -23,6 +24,9 @@ from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, wit
 from reports.records import Effort, Trial
 from reports.store import RunStore
 from targets.errors import TargetError
+
+_THREADS: Final = 4
+"""Readers, encoders and decoders of pictures; none of them holds the interpreter for long."""
 
 if TYPE_CHECKING:
     from attacks.base import Attack
@@ -90,6 +94,7 @@ class LocalEngine:
             raise PlanError(f"engine.device: {error}") from error
         self._calibrator = Calibrator(plan.scenario, calibration, warn)
         self._batcher = Batcher(plan.scenario.engine.batch_size, warn)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
         self._asker: Asker | None = None
         self._loaded = ""
         self._block: _Block | None = None
@@ -296,11 +301,12 @@ class LocalEngine:
         )
 
     def _share(self, unit: WorkUnit, store: RunStore) -> _Block:
-        """The block of a unit: its clean pictures, saved and read back."""
+        """The block of a unit: its clean pictures, as their files hold them."""
         label = unit.group.target.label
         block = self._block
         if block is None or (block.target, block.number) != (label, unit.block):
-            shots = {index: self._shot(index, store) for index in unit.samples}
+            read = self._threads.map(lambda index: self._shot(index, store), unit.samples)
+            shots = dict(zip(unit.samples, read, strict=True))
             block = self._block = _Block(label, unit.block, shots)
         return block
 
@@ -311,8 +317,7 @@ class LocalEngine:
         except Exception as error:
             # A picture that cannot be read is this sample's trouble only.
             return failure_of(error, "reading the clean image")
-        png = store.save_png(data)
-        return Shot(sample, decode_png(store.read_png(png)), png)
+        return Shot(sample, decode_png(data), store.save_png(data))
 
     def _clean(
         self, asker: Asker, block: _Block, compression: Method | None, defense: Method
@@ -328,7 +333,7 @@ class LocalEngine:
     def _attack(
         self, asker: Asker, group: ImageGroup, block: _Block, store: RunStore
     ) -> dict[int, Attacked | Failure]:
-        """Attacked images as they come back from disk."""
+        """Attacked images, as their files hold them."""
         key = (group.id, block.number)
         if key in self._transferred:
             return self._transferred[key]
@@ -341,11 +346,14 @@ class LocalEngine:
             return self._propose(asker, group, [shots[index] for index in indices], store)
 
         where = f"attack {group.attack.label}"
-        for index, made in asker.each(shots, run, where, key=group.id).items():
-            if isinstance(made, Failure):
-                found[index] = made
-            else:
-                found[index] = _attacked(made, shots[index], store)
+        results = asker.each(shots, run, where, key=group.id)
+        found |= {index: one for index, one in results.items() if isinstance(one, Failure)}
+        ready = good(results)
+        pictures = [shots[index] for index in ready]
+        saved = self._threads.map(
+            lambda made, clean: _attacked(made, clean, store), ready.values(), pictures
+        )
+        found |= dict(zip(ready, saved, strict=True))
         if block.number == 0:
             self._repeat(asker, group, shots, found, store)
         if group.surrogates and len(self._plan.scenario.targets) > 1:
@@ -561,11 +569,11 @@ class LocalEngine:
 
 
 def _attacked(made: _Made, clean: Shot, store: RunStore) -> Attacked:
-    """An attacked image, saved and read back; so is what its budget was measured from."""
+    """An attacked image as its file holds it; so is what its budget was measured from."""
 
     def saved(pixels: Pixels) -> Shot:
-        png = store.save_png(encode_png(pixels))
-        return Shot(clean.sample, decode_png(store.read_png(png)), png)
+        data = encode_png(pixels)
+        return Shot(clean.sample, decode_png(data), store.save_png(data))
 
     base = clean if (made.base == clean.pixels).all() else saved(made.base)
     return Attacked(

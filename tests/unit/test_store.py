@@ -223,13 +223,63 @@ def test_a_full_disk_is_explained_and_leaves_the_ledger_as_it_was(
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(StoreError, match="disk is full"):
             store.append([trial("s2")])
+        store.save_png(b"image")
         with pytest.raises(StoreError, match="disk is full"):
-            store.save_png(b"image")
+            store.append([trial("s3")])
         monkeypatch.undo()
-        assert (folder / LEDGER).read_bytes() == before
+        assert (folder / LEDGER).read_bytes() == before, "no line names an image that is not there"
         assert not list((folder / "images").rglob("*.*")), "no temporary file stays"
         store.append([trial("s2")])
     assert samples(RunStore.read(folder)) == ["s0", "s1", "s2"]
+
+
+def test_an_image_that_failed_can_be_saved_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, times = os.fsync, 0
+
+    def once(handle: int) -> None:
+        nonlocal times
+        times += 1
+        if times == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with RunStore.open(folder, manifest()) as store:
+        monkeypatch.setattr(os, "fsync", once)
+        name = store.save_png(b"image")
+        with pytest.raises(StoreError, match="disk is full"):
+            store.read_png(name)
+        with pytest.raises(StoreError, match="disk is full"):
+            store.append([trial("s2")])
+        assert store.save_png(b"image") == name
+        store.append([trial("s2")])
+        assert store.read_png(name) == b"image"
+
+
+def test_what_failed_first_is_raised_not_what_failed_on_closing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail() -> None:
+        with RunStore.open(folder, manifest()) as store:
+            monkeypatch.setattr(os, "fsync", full)
+            store.save_png(b"image")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    monkeypatch.undo()
+    RunStore.open(folder, manifest()).close()  # the lock was given back
+
+
+def test_images_of_a_closed_store_are_there(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        names = [store.save_png(str(number).encode()) for number in range(50)]
+    there = RunStore.read(folder)
+    assert [there.read_png(name) for name in names] == [str(n).encode() for n in range(50)]
 
 
 def test_a_place_that_is_a_file_is_explained(tmp_path: Path) -> None:
