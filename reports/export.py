@@ -58,7 +58,7 @@ def export(folder: Path, name: str, path: Path | None = None, baseline: Path | N
         usual, write = _TABLES[name]
         return write(store, path or folder / usual)
     usual, render = _TEXTS[name]
-    others = Baselines(store.manifest, baseline)
+    others = Baselines(store.manifest, baseline, folder)
     summary = summarise(store.manifest, store.trials(), store.calibrations(), others)
     path = path or folder / usual
     write_text(path, render(store, summary))

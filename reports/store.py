@@ -33,7 +33,7 @@ from reports.files import (
     write_json,
     write_text,
 )
-from reports.ledger import Key, Ledger
+from reports.ledger import Key, Ledger, Place
 from reports.records import Calibration, Manifest, Trial
 
 MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.jsonl", "images"
@@ -180,6 +180,22 @@ class RunStore:
         order = {cell.id: index for index, cell in enumerate(self.manifest.cells)}
         found = list(self._ledger.of_sample(sample))
         return sorted(found, key=lambda trial: order.get(trial.cell, len(order)))
+
+    def located(self) -> Iterator[tuple[Place, Trial]]:
+        """As `trials`, each with its place in the ledger.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        return self._ledger.located()
+
+    def trial_at(self, place: Place) -> Trial:
+        """The trial at a place: to keep where it lies is cheaper than to keep it.
+
+        Raises:
+            LedgerError: if the line is damaged.
+        """
+        return self._ledger.at(place)
 
     def done(self, *, errors: bool = True) -> set[Key]:
         """(cell, sample) already recorded; `errors=False` leaves out failed measurements."""
