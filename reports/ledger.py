@@ -14,10 +14,10 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 from reports.errors import LedgerError
 from reports.files import explained
@@ -200,5 +200,20 @@ def _checksum(payload: bytes) -> bytes:
 
 
 def _line(trial: Trial) -> bytes:
-    payload = trial.model_dump_json().encode("utf-8", errors="replace")
+    try:
+        payload = trial.model_dump_json().encode()
+    except (PydanticSerializationError, UnicodeEncodeError):
+        # Half a surrogate pair, from somebody's file or a model's mouth: UTF-8 has no bytes for it.
+        payload = json.dumps(_encodable(trial.model_dump()), separators=(",", ":")).encode()
     return _HEAD + _checksum(payload) + _MIDDLE + payload + _TAIL
+
+
+def _encodable(value: Any) -> Any:  # noqa: ANN401 - of any JSON value
+    """The same with ``?`` for what UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return str(value).encode("utf-8", errors="replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encodable(inner) for inner in value]
+    return value

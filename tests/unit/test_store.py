@@ -348,3 +348,11 @@ def test_a_place_that_is_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="another --out folder"):
         RunStore.create(tmp_path / "file" / "run", manifest())
+
+
+def test_half_a_surrogate_pair_is_recorded_as_a_question_mark(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        store.append([trial("s2", question="what is \ud800 this?", truth="yes")])
+    last = [one for one in RunStore.read(folder).trials() if one.sample == "s2"]
+    assert last[0].question == "what is ? this?"
+    assert last[0].truth == "yes"
