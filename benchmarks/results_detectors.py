@@ -41,19 +41,20 @@ def page(summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     lines = [
         "# Detectors",
         "",
-        "Made by `python benchmarks/results_detectors.py RUN` from `scenarios/detectors.yaml`; do not "
-        "edit.",
+        "Made by `python benchmarks/results_detectors.py RUN` from `scenarios/detectors.yaml`; "
+        "do not edit.",
         "",
         (f"**Not run: {', '.join(absent)}.** " if absent else "")
         + "None of the attacks knows the detector: **upper bounds**. "
-        f"{len(manifest['samples']):,} clean test pictures are the negatives, the attacked ones the "
-        f"positives; thresholds are from {cells[0]['calibration']:,} clean validation pictures or half "
-        f"of them; ε {max(one['epsilon'] for one in cells) * 255:g}/255, seed {manifest['seed']}, "
-        f"{hardware.get('gpu', hardware['device'])}; 95 % intervals in the run's report. *real FPR*: "
-        "of the threshold on clean test pictures. *CSF*: compression-specific failures among the "
-        "positives. *evaded*: broken compressed answers that were not flagged, of the right ones. "
-        "`noise` is no attack: a detector that flags it tells perturbed pictures from clean ones, "
-        "whether or not anything was attacked.",
+        f"{len(manifest['samples']):,} clean test pictures are the negatives, the attacked ones "
+        f"the positives; thresholds are from {cells[0]['calibration']:,} clean validation "
+        "pictures, or half of them where a detector learns from the others; "
+        f"ε {max(one['epsilon'] for one in cells) * 255:g}/255, seed {manifest['seed']}, "
+        f"{hardware.get('gpu', hardware['device'])}; 95 % intervals are in the run's report. "
+        "*real FPR*: of the threshold on clean test pictures. *CSF*: compression-specific "
+        "failures among the positives. *evaded*: broken compressed answers that were not flagged, "
+        "of the right ones. `noise` is no attack: a detector that flags it tells perturbed "
+        "pictures from clean ones, whether or not anything was attacked.",
         "",
     ]
     for compression in dict.fromkeys(one["compression"] for one in cells):
