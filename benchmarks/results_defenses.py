@@ -435,11 +435,11 @@ def _where(folders: Sequence[Path]) -> str:
         measured = {cell.attack for cell in cells_of(folder) if cell.rows}
         said.append(f"{', '.join(name for name in names if name in measured)} on {device}")
     return (
-        "One image of an attack that knows no defence serves all of them, so these figures say what "
-        "a defence saves **until somebody attacks it**: upper bounds, all of them. Of each "
-        f"attack the run with the most samples counts ({'; '.join(said)}); worst case over the samples "
-        "that all of a row's attacks have. Time is of machines that did other work too. A defence "
-        "that costs clean accuracy has a smaller denominator: read CSFR beside it."
+        "One image of an attack that knows no defence serves all of them, so these figures say "
+        "what a defence saves **until somebody attacks it**: upper bounds, all of them. Of each "
+        f"attack the run with the most samples counts ({'; '.join(said)}); worst case over the "
+        "samples that all of a row's attacks have. Time is of machines that did other work too. A "
+        "defence that costs clean accuracy has a smaller denominator: read CSFR beside it."
     )
 
 
