@@ -95,6 +95,7 @@ class LocalEngine:
         self._plan, self._samples, self._warn = plan, samples, warn
         self._cache = cache
         self._machine: dict[str, Any] = {}
+        self._recalled = 0
         try:
             self.device = str(resolve_device(device))
         except TargetError as error:
@@ -220,6 +221,11 @@ class LocalEngine:
             if stop():
                 return
             yield Done(unit, self.execute(unit, store))
+        if self._recalled:
+            self._warn(
+                f"{self._recalled:,} attacked images are from the cache of earlier runs (redteam "
+                "cache); --no-cache makes all of them"
+            )
 
     def close(self) -> None:
         """Let the threads end."""
@@ -411,6 +417,7 @@ class LocalEngine:
             entry = self._cache.get(self._key(asker, group, shot))
             if entry is not None:
                 found[index] = _from_cache(entry)
+        self._recalled += len(found)
         return found
 
     def _remember(
@@ -426,9 +433,8 @@ class LocalEngine:
         some = good(made)
         keys = [self._key(asker, group, shots[index]) for index in some]
         cache = self._cache
-        list(
-            self._threads.map(lambda key, one: cache.put(key, _for_cache(one)), keys, some.values())
-        )
+        entries = self._threads.map(_for_cache, some.values())
+        list(self._threads.map(cache.put, keys, entries))
 
     def _key(self, asker: Asker, group: ImageGroup, shot: Shot) -> str:
         """Hash of all that makes an image, see `redteam.cache`."""
