@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -35,6 +36,8 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._torn: int | None = None
+        """Where half a unit begins that could not be taken back."""
 
     def append(self, trials: Iterable[Trial]) -> None:
         """Append trials as one unit; on return they are on the disk.
@@ -45,14 +48,20 @@ class Ledger:
         data = b"".join(_line(trial) for trial in trials)
         if not data:
             return
-        with explained("append to", self.path), self.path.open("ab") as file:
+        # Unbuffered: closing a buffered file writes what a full disk has left in the buffer, behind
+        # the end to which the ledger was cut back.
+        with explained("append to", self.path), self.path.open("ab", buffering=0) as file:
+            if self._torn is not None:
+                file.truncate(self._torn)
+                self._torn = None
             size = file.seek(0, os.SEEK_END)
             try:
-                file.write(data)
-                file.flush()
+                _write_all(file, data)
                 os.fsync(file.fileno())
-            except OSError:
-                os.truncate(self.path, size)
+            except BaseException:
+                self._torn = size
+                file.truncate(size)
+                self._torn = None
                 raise
 
     def trials(self) -> Iterator[Trial]:
@@ -100,11 +109,16 @@ class Ledger:
 
     def _keys(self) -> Iterator[tuple[int, Key]]:
         for number, payload, _ in self._lines():
-            record = json.loads(payload)
             try:
-                yield number, (record["cell"], record["sample"])
+                record = json.loads(payload)
+                key = (record["cell"], record["sample"])
+            except (ValueError, RecursionError) as error:
+                raise LedgerError(self._damaged(number, f"it is not JSON: {error}")) from error
             except (KeyError, TypeError) as error:
                 raise LedgerError(self._damaged(number, f"it has no {error}")) from error
+            if not all(isinstance(part, str) for part in key):
+                raise LedgerError(self._damaged(number, "its cell or sample is no text"))
+            yield number, key
 
     def _verified(self, number: int, line: bytes) -> bytes:
         start = len(_HEAD) + _DIGITS + len(_MIDDLE)
@@ -130,6 +144,12 @@ class Ledger:
             f"written. Delete line {number} and run again with the same --out: only that trial "
             "is measured again."
         )
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:  # a disk that is about to be full takes a part
+        left = left[file.write(left) :]
 
 
 def _checksum(payload: bytes) -> bytes:

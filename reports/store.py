@@ -26,6 +26,7 @@ from reports.errors import ResumeMismatch, StoreError
 from reports.files import (
     FileLock,
     explained,
+    sweep,
     sync_folder,
     verified,
     write_atomically,
@@ -113,6 +114,9 @@ class RunStore:
         store = cls(folder, stored, lock)
         try:
             store.repaired = store._ledger.repair()
+            # Not the run folder itself: a report may be being built there without the lock.
+            for part in (IMAGES, STATES):
+                sweep(folder / part)
         except BaseException:
             lock.release()
             raise
