@@ -4,8 +4,8 @@ Every run is the whole command line (plan, engine, store, reports) in a process 
 target that answers by a hash, so that a run takes long enough to be killed anywhere and hundreds of
 them are affordable. The processes are forked from one that has imported torch. SIGKILL comes after
 a random part of the time that an uninterrupted run takes; then the same command is started again,
-and killed again, until it ends by itself. What it then says has to be what the uninterrupted run
-says. Writes benchmarks/results/kill_loop.json.
+and killed again, until all trials are there; the last one ends by itself. What it then says has to
+be what the uninterrupted run says. Writes benchmarks/results/kill_loop.json.
 """
 
 from __future__ import annotations
@@ -99,16 +99,14 @@ class Loop:
         return forked.start(self._place, "run", "scenario.yaml", "--out", name, log=log)
 
     def round(self, name: str, kills: int) -> None:
-        """One run, killed until it survives or there have been enough kills."""
+        """One run, killed until it has all trials or survives, or there have been enough kills."""
         run = self._place.folder / name
-        while self.counts["kills"] < kills:
-            if self._killed(name):
-                self._look(run)
-            else:
-                break
-        else:
-            code = forked.wait(self._start(name))
-            self._require(code == 4, f"{name}: the last resume ended with {code}")
+        while self.counts["kills"] < kills and self._killed(name):
+            if self._look(run):
+                break  # from here on there are only reports to kill
+        code = forked.wait(self._start(name))
+        self._require(code == 4, f"{name}: the last resume ended with {code}")
+        self.counts["resumed to the end"] += code == 4
         self.counts["runs"] += 1
         self._require(not faults(run), f"{name}: {faults(run)}")
         equal = (run / "summary.json").exists() and summary(run) == self._whole
@@ -128,13 +126,16 @@ class Loop:
         self.counts["ended before the kill"] += 1
         return False
 
-    def _look(self, run: Path) -> None:
+    def _look(self, run: Path) -> bool:
+        """Look at what a kill has left; whether all trials are there."""
+        found = state(run)
         self.counts["kills"] += 1
-        self.killed[state(run)] += 1
+        self.killed[found] += 1
         self.counts["left temporary files"] += any(run.rglob(".*.????????"))
-        found = faults(run)
-        self.counts["sound after the kill"] += not found
-        self._require(not found, f"{run.name}: {found}")
+        wrong = faults(run)
+        self.counts["sound after the kill"] += not wrong
+        self._require(not wrong, f"{run.name}: {wrong}")
+        return found.startswith("all trials")
 
     def _require(self, fine: bool, message: str) -> None:
         if not fine:

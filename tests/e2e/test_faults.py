@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,11 +33,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """A place with one uninterrupted run in it, ``whole``."""
     built = stub_place.build(tmp_path_factory.mktemp("faults") / "place")
     assert built.redteam(*RUN, "whole").returncode == 4
-    yield built
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +236,21 @@ def test_ctrl_c_once_waits_for_the_unit_and_twice_does_not(times: int, tmp_path:
     assert done.returncode == 4, done.stderr
     check_images(run)
     assert len(ledger(run)) == TRIALS, "nothing was measured twice"
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_random_resume(tmp_path: Path) -> None:
+    """A short one of benchmarks/kill_loop.py, with SIGKILL."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "kill_loop.py", "--kills", "5", "--delay", "0.05",
+         "--data", tmp_path / "found.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["wrong"] == []
+    counts = found["counts"]
+    assert counts["kills"] == counts["sound after the kill"] == 5
+    assert counts["runs"] == counts["summaries equal"] == counts["resumed to the end"] > 0
