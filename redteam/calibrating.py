@@ -26,12 +26,12 @@ from redteam.plan import seed_of
 from redteam.scenario import Method, Scenario
 from reports.detection import key_of, threshold
 from reports.records import Calibration
-from reports.store import RunStore
 from targets.base import Batch
 
 if TYPE_CHECKING:
     from attacks.base import Attack
     from defenses.detector import Detector, Observation, State
+    from redteam.engines.base import Vault
     from targets.compression.base import Compressor
 
 _MOST_FAILED: Final = 0.1
@@ -131,7 +131,7 @@ class Calibrator:
         return None if self._samples is None else self._samples.identity
 
     def watching(
-        self, asker: Asker, target: Method, compression: Method, defense: Method, store: RunStore
+        self, asker: Asker, target: Method, compression: Method, defense: Method, store: Vault
     ) -> Watching:
         """A detector as it watches a compression, calibrated now or by an earlier start of the run.
 
@@ -150,7 +150,7 @@ class Calibrator:
         return self._found[key]
 
     def _calibrated(
-        self, asker: Asker, target: Method, compression: Method, defense: Method, store: RunStore
+        self, asker: Asker, target: Method, compression: Method, defense: Method, store: Vault
     ) -> Watching:
         from defenses.base import DefenseError
 

@@ -121,7 +121,10 @@ def measure(
         seed=scenario.seed,
         data=samples.identity,
         formula=FORMULA,
-        provenance=provenance.collect(device, identity, scenario.engine.model_dump()) | left_out,
+        provenance=provenance.collect(
+            provenance.hardware(device), identity, scenario.engine.model_dump(exclude={"address"})
+        )
+        | left_out,
         settings=[],
     )
     try:

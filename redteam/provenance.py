@@ -103,18 +103,20 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
-def collect(device: str, identity: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+def collect(
+    machine: dict[str, Any], identity: dict[str, Any], engine: dict[str, Any]
+) -> dict[str, Any]:
     """Everything for the manifest.
 
     Args:
-        device: the resolved one.
+        machine: that it is run on, see `hardware`.
         identity: hashes of what must not change under a run; a resume compares them.
         engine: options of the engine.
     """
     return {
         "identity": identity,
         "versions": versions(),
-        "hardware": hardware(device),
+        "hardware": machine,
         "engine": engine,
         "commit": commit(),
         "command": command_line(sys.argv[1:]),

@@ -17,6 +17,7 @@ from redteam.calibrating import open_calibration
 from redteam.capabilities import cautions
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import without
+from redteam.engines.base import Engine
 from redteam.engines.local import LocalEngine
 from redteam.errors import NothingSelected
 from redteam.plan import Plan, WorkUnit, make_plan
@@ -109,10 +110,26 @@ def run(
         units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples), shard)
         if not units:
             return _finished(folder, False, cautions(scenario), shard)
+    with _engine(plan, samples, watcher.say, calibration) as engine:
+        return _carry_out(plan, samples, engine, folder, watcher, shard, profile, calibration)
+
+
+def _carry_out(
+    plan: Plan,
+    samples: Samples,
+    engine: Engine,
+    folder: Path,
+    watcher: Watcher,
+    shard: Shard | None,
+    profile: Profile | None,
+    calibration: Samples | None,
+) -> Finished:
+    """Prepare an engine, run what is missing, report."""
+    scenario, resumed = plan.scenario, (folder / MANIFEST).exists()
     with _phase(profile, "loading"):
-        engine = LocalEngine(plan, samples, scenario.engine.device, watcher.say, calibration)
         identity = engine.prepare()
-    made_with = provenance.collect(engine.device, identity, scenario.engine.model_dump())
+    options = scenario.engine.model_dump(exclude={"address"})  # somebody's private host
+    made_with = provenance.collect(engine.hardware(), identity, options)
     if calibration is not None:
         made_with["calibration"] = {"samples": list(calibration.ids)}
     if not resumed:
@@ -135,12 +152,34 @@ def _finished(
     return Finished(folder, None, interrupted, notes, shard, trials)
 
 
+@contextmanager
+def _engine(
+    plan: Plan,
+    samples: Samples,
+    say: Callable[[str], None],
+    calibration: Samples | None,
+) -> Iterator[Engine]:
+    """The engine that the scenario asks for, closed afterwards."""
+    options = plan.scenario.engine
+    engine: Engine
+    if options.type == "ray":
+        from redteam.engines.ray import RayEngine
+
+        engine = RayEngine(plan, samples, options.device, say)
+    else:
+        engine = LocalEngine(plan, samples, options.device, say, calibration)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
 def _phase(profile: Profile | None, name: str) -> AbstractContextManager[None]:
     return nullcontext() if profile is None else profile.phase(name)
 
 
 def _screened(
-    scenario: Scenario, samples: Samples, engine: LocalEngine, made_with: dict[str, Any]
+    scenario: Scenario, samples: Samples, engine: Engine, made_with: dict[str, Any]
 ) -> Samples:
     """The samples that the data set's filter keeps; what it leaves out goes into `made_with`."""
     rule = filter_of(scenario.dataset)
@@ -204,7 +243,7 @@ def _resumable(
 def _execute(
     plan: Plan,
     samples: Samples,
-    engine: LocalEngine,
+    engine: Engine,
     store: RunStore,
     watcher: Watcher,
     shard: Shard | None = None,
@@ -214,14 +253,11 @@ def _execute(
     done = store.done(errors=False)
     watcher.prepared(store.folder, units, len(done))
     with _stoppable(watcher.say) as stop:
-        for unit in units:
-            if stop():
-                return True
+        for one in engine.results(units, store, stop):
             # A unit that is half recorded is made again whole, because its images depend on
             # nothing else; only what is missing is appended.
-            trials = engine.execute(unit, store)
-            store.append(trial for trial in trials if (trial.cell, trial.sample) not in done)
-            watcher.finished(unit, trials)
+            store.append(trial for trial in one.trials if (trial.cell, trial.sample) not in done)
+            watcher.finished(one.unit, one.trials)
     return stop() and bool(pending(plan, samples.ids, store, shard))
 
 

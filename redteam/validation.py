@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from annotated_types import Ge, Gt, Interval, Len, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from redteam.annotations import contains
 from redteam.catalog import Entry, Kind, entries, find, names, of_library, one
@@ -111,9 +119,20 @@ class EngineOptions(BaseModel):
 
     model_config = _STRICT
 
-    type: Literal["local"] = "local"
+    type: Literal["local", "ray"] = "local"
     batch_size: Annotated[int, Interval(ge=1, le=4096)] = 32
     device: str = "auto"
+    workers: Literal["auto"] | Annotated[int, Interval(ge=1, le=4096)] = "auto"
+    """Of Ray: processes; auto is one per GPU, or per two CPU cores."""
+    address: str | None = None
+    """Of Ray: an existing cluster, e.g. ``auto`` or ``ray://host:10001``; None starts one here."""
+
+    @model_validator(mode="after")
+    def _only_ray(self) -> EngineOptions:
+        given = [name for name in ("workers", "address") if name in self.model_fields_set]
+        if self.type == "local" and given:
+            raise ValueError(f"{' and '.join(given)} need type: ray")
+        return self
 
 
 class AnswerOptions(BaseModel):

@@ -68,7 +68,7 @@ def build_reports(folder: Path, baseline: Path | None = None) -> Built:
     """
     from reports import defended, detection
     from reports.baseline import Baselines
-    from reports.findings import collect
+    from reports.findings import Gathered
     from reports.html import render
     from reports.markdown import render_markdown
     from reports.metrics import summarise
@@ -78,8 +78,10 @@ def build_reports(folder: Path, baseline: Path | None = None) -> Built:
 
     store = RunStore.read(folder)
     others = Baselines(store.manifest, baseline, folder)
-    summary = summarise(store.manifest, store.trials(), store.calibrations(), others)
-    found = collect(store)
+    gathered = Gathered(store.manifest)  # the ledger is read once for all of it
+    trials = gathered.watch(store.located())
+    summary = summarise(store.manifest, trials, store.calibrations(), others)
+    found = gathered.pick(store)
     return Built(
         summary=store.write_summary(summary),
         markdown=store.write(MARKDOWN, render_markdown(store.manifest, summary, found)),

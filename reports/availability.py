@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +24,7 @@ CAPTION: Final = (
     "out equally."
 )
 _ANSWERS: Final = ("clean_full", "clean_compressed", "attacked_full", "attacked_compressed")
+_seconds = attrgetter(*(f"{name}.seconds" for name in _ANSWERS))
 
 
 class Latency:
@@ -33,7 +35,7 @@ class Latency:
 
     def add(self, cell: str, sample: str, demands: Demands) -> None:
         """Note what the four answers of a sample took."""
-        self._seconds[cell][sample] = tuple(getattr(demands, name).seconds for name in _ANSWERS)
+        self._seconds[cell][sample] = _seconds(demands)
 
     def summary(self) -> dict[str, Any]:
         """Mean and 95th percentile of the seconds of each of the four answers, by cell."""

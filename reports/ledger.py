@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -23,8 +25,20 @@ from reports.records import Trial
 
 _HEAD, _MIDDLE, _TAIL = b'{"sha256": "', b'", "trial": ', b"}\n"
 _DIGITS = 16
+_MEASURED = b'"error":null}'
+"""How a trial without an error ends as we write it: the error is its last field."""
+_KEY = re.compile(rb'\{"schema_version":1,"cell":"([^"\\]*)","sample":"([^"\\]*)",')
+"""How it begins, where neither name needs an escape."""
 Key = tuple[str, str]
 """(cell, sample)."""
+
+
+class Place(NamedTuple):
+    """Where a line lies; it stays there, since nothing is ever inserted before it."""
+
+    number: int
+    offset: int
+    length: int
 
 
 class Ledger:
@@ -70,17 +84,41 @@ class Ledger:
         Raises:
             LedgerError: at a damaged line.
         """
-        last = {key: number for number, key in self._keys()}
+        return (trial for _, trial in self.located())
+
+    def located(self) -> Iterator[tuple[Place, Trial]]:
+        """As `trials`, each with its place, from which `at` reads it again.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        # Two readings: the first only looks at keys, so that a superseded line is never parsed.
+        last = {key: place.number for place, _, key in self._keys()}
         current = set(last.values())
-        for number, payload, _ in self._lines():
-            if number in current:
-                yield self._parse(number, payload)
+        for place, payload in self._lines():
+            if place.number in current:
+                yield place, self._parse(place.number, payload)
+
+    def at(self, place: Place) -> Trial:
+        """The trial of one line.
+
+        Raises:
+            LedgerError: if the line is damaged.
+        """
+        with explained("read", self.path), self.path.open("rb") as file:
+            file.seek(place.offset)
+            line = file.read(place.length)
+        return self._parse(place.number, self._verified(place.number, line))
 
     def keys(self, *, errors: bool = True) -> set[Key]:
         """(cell, sample) of what is recorded; `errors=False` leaves out those that ended in one."""
-        if errors:
-            return {key for _, key in self._keys()}
-        return {(trial.cell, trial.sample) for trial in self.trials() if trial.error is None}
+        last = {key: self._kept(place, payload, errors) for place, payload, key in self._keys()}
+        return {key for key, kept in last.items() if kept}
+
+    def _kept(self, place: Place, payload: bytes, errors: bool) -> bool:
+        if errors or payload.endswith(_MEASURED):
+            return True
+        return self._parse(place.number, payload).error is None
 
     def repair(self) -> bool:
         """Cut off an unfinished last line; True if there was one.
@@ -88,15 +126,17 @@ class Ledger:
         Raises:
             LedgerError: at a damaged line that a killed writer does not explain.
         """
-        ends = [0, *(end for _, _, end in self._lines())]
+        end = 0
+        for place, _ in self._lines():
+            end = place.offset + place.length
         with explained("repair", self.path):
-            if not self.path.exists() or self.path.stat().st_size == ends[-1]:
+            if not self.path.exists() or self.path.stat().st_size == end:
                 return False
-            os.truncate(self.path, ends[-1])
+            os.truncate(self.path, end)
         return True
 
-    def _lines(self) -> Iterator[tuple[int, bytes, int]]:
-        """Yield line number, trial bytes and the offset after the line, for every good line."""
+    def _lines(self) -> Iterator[tuple[Place, bytes]]:
+        """Yield the place and the trial's bytes of every good line."""
         if not self.path.exists():
             return
         offset = 0
@@ -104,21 +144,26 @@ class Ledger:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     return  # only the last line can lack its end: a killed writer
+                yield Place(number, offset, len(line)), self._verified(number, line)
                 offset += len(line)
-                yield number, self._verified(number, line), offset
 
-    def _keys(self) -> Iterator[tuple[int, Key]]:
-        for number, payload, _ in self._lines():
-            try:
-                record = json.loads(payload)
-                key = (record["cell"], record["sample"])
-            except (ValueError, RecursionError) as error:
-                raise LedgerError(self._damaged(number, f"it is not JSON: {error}")) from error
-            except (KeyError, TypeError) as error:
-                raise LedgerError(self._damaged(number, f"it has no {error}")) from error
-            if not all(isinstance(part, str) for part in key):
-                raise LedgerError(self._damaged(number, "its cell or sample is no text"))
-            yield number, key
+    def _keys(self) -> Iterator[tuple[Place, bytes, Key]]:
+        for place, payload in self._lines():
+            yield place, payload, self._key(place.number, payload)
+
+    def _key(self, number: int, payload: bytes) -> Key:
+        try:
+            if found := _KEY.match(payload):
+                return found[1].decode(), found[2].decode()
+            record = json.loads(payload)
+            cell, sample = record["cell"], record["sample"]
+        except (KeyError, TypeError) as error:
+            raise LedgerError(self._damaged(number, f"it has no {error}")) from error
+        except (ValueError, RecursionError) as error:
+            raise LedgerError(self._damaged(number, f"it is no JSON: {error}")) from error
+        if not (isinstance(cell, str) and isinstance(sample, str)):
+            raise LedgerError(self._damaged(number, "its cell or sample is no text"))
+        return cell, sample
 
     def _verified(self, number: int, line: bytes) -> bytes:
         start = len(_HEAD) + _DIGITS + len(_MIDDLE)

@@ -7,13 +7,14 @@ metric and are counted apart. An empty denominator gives null, never 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from sys import intern
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.records import Diagnosis, Trial
+from reports.records import Demands, Diagnosis, Trial
 from reports.registry import METRICS
 from reports.statistics import (
     EMPTY,
@@ -52,6 +53,7 @@ MEANS: Final[dict[str, tuple[float, float] | None]] = {
     "fallback_attacked": (0, 1),
 }
 """Metrics that are means over samples, with the range of one value; None if it has none."""
+_MEAN_PLACE: Final = {name: index for index, name in enumerate(MEANS)}
 
 
 class Row(NamedTuple):
@@ -85,6 +87,8 @@ class Row(NamedTuple):
     """Whether the clean and the attacked image were given more tokens than the compressor keeps."""
     watched: bool = False
     """A detector has scored both images."""
+    retention: float | None = None
+    """Share of the visual tokens that compression left of the clean image."""
 
     @property
     def failure(self) -> bool:
@@ -99,78 +103,100 @@ class Row(NamedTuple):
 
 def mean_value(row: Row, name: str) -> float | None:
     """What a row adds to a metric that is a mean."""
-    return row.means[list(MEANS).index(name)]
+    return row.means[_MEAN_PLACE[name]]
+
+
+_PATHS: Final = ("clean_full", "clean_compressed", "attacked_full", "attacked_compressed")
+_right = attrgetter(*(f"{path}.correct" for path in _PATHS))
+_seconds_of = attrgetter(*(f"{path}.seconds" for path in _PATHS))
+_WRONG: Final = (False,) * len(_PATHS)
 
 
 def row_of(trial: Trial) -> Row:
     """Take from a trial what the metrics need."""
-    a, swap, distance = trial.answers, trial.swap, trial.distance
+    a, swap, distance, demands = trial.answers, trial.swap, trial.distance, trial.demands
+    right = _WRONG if a is None else _right(a)
     return Row(
-        image=trial.image,
-        kind=trial.kind,
+        # Every cell has the same samples: one string for all of them.
+        image=intern(trial.image),
+        kind=intern(trial.kind),
         error=a is None,
-        full_clean=a is not None and a.clean_full.correct,
-        compressed_clean=a is not None and a.clean_compressed.correct,
-        full_attacked=a is not None and a.attacked_full.correct,
-        compressed_attacked=a is not None and a.attacked_compressed.correct,
+        full_clean=right[0],
+        compressed_clean=right[1],
+        full_attacked=right[2],
+        compressed_attacked=right[3],
         recovered=swap.recovered if swap else None,
         reproduced=swap.reproduced if swap else None,
         diagnosis=swap.diagnosis if swap else None,
         linf=distance.linf if distance else None,
-        means=tuple(map(_mean_values(trial).get, MEANS)),
-        sample=trial.sample,
-        codes=tuple(check.partition(":")[0] for check in trial.checks),
+        means=_mean_values(trial),
+        sample=intern(trial.sample),
+        codes=tuple([check.partition(":")[0] for check in trial.checks]),
         pipelines=_pipelines(trial),
-        seconds=_seconds(trial),
+        seconds=() if demands is None else _seconds_of(demands),
         traced=len(trial.loss) > 1,
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,
-        fallbacks=_fallbacks(trial),
+        fallbacks=_fallbacks(demands),
+        retention=_retention(trial),
     )
 
 
 def _pipelines(trial: Trial) -> tuple[str, str]:
     found = trial.pipelines
-    # The same two strings in a hundred thousand rows.
     return ("", "") if found is None else (intern(found.attacked), intern(found.deployed))
 
 
-def _fallbacks(trial: Trial) -> tuple[bool, bool]:
-    found = trial.demands
+def _fallbacks(found: Demands | None) -> tuple[bool, bool]:
     if found is None:
         return (False, False)
     return found.clean_compressed.fallback, found.attacked_compressed.fallback
 
 
-def _seconds(trial: Trial) -> tuple[float, ...]:
-    found = trial.demands
-    if found is None:
-        return ()
-    four = (found.clean_full, found.clean_compressed, found.attacked_full)
-    return tuple(one.seconds for one in (*four, found.attacked_compressed))
+def _retention(trial: Trial) -> float | None:
+    """Visual tokens that compression left of the clean image ÷ all of them; None if unknown."""
+    if trial.demands is not None and trial.demands.clean_full.tokens:
+        return trial.demands.clean_compressed.tokens / trial.demands.clean_full.tokens
+    if trial.tokens is None:
+        return None
+    rows, columns = trial.tokens.grid
+    every = rows * columns if trial.tokens.boxes is None else len(trial.tokens.boxes)
+    return len(trial.tokens.kept_clean) / every if every else None
 
 
-def _mean_values(trial: Trial) -> dict[str, float | None]:
-    """The values of a trial that metrics are means of."""
-    found: dict[str, float | None] = {}
-    for part in (trial.tokens, trial.distance):
-        found |= {name: getattr(part, name) for name in MEANS if hasattr(part, name)}
-    if trial.demands is None:
-        return found
-    clean, hit = trial.demands.clean_compressed, trial.demands.attacked_compressed
-    found |= _grown("tokens", clean.tokens, hit.tokens)
-    found |= _grown("length_compressed", clean.generated, hit.generated)
-    found |= {"fallback_clean": float(clean.fallback), "fallback_attacked": float(hit.fallback)}
-    clean, hit = trial.demands.clean_full, trial.demands.attacked_full
-    return found | _grown("length_full", clean.generated, hit.generated)
+_TOKEN_MEANS: Final = (
+    "jaccard", "spearman", "kendall", "top_preserved", "bottom_infiltrated",
+    "evidence_kept_clean", "evidence_kept_attacked",
+)  # fmt: skip
+_DISTANCE_MEANS: Final = ("l2", "psnr")
+_of_tokens, _of_distance = attrgetter(*_TOKEN_MEANS), attrgetter(*_DISTANCE_MEANS)
+_NO_TOKENS: Final = (None,) * len(_TOKEN_MEANS)
+_NO_DISTANCE: Final = (None,) * len(_DISTANCE_MEANS)
+_NO_DEMANDS: Final = (None,) * (len(MEANS) - len(_TOKEN_MEANS) - len(_DISTANCE_MEANS))
 
 
-def _grown(name: str, clean: int, attacked: int) -> dict[str, float | None]:
-    return {
-        f"{name}_clean": clean,
-        f"{name}_attacked": attacked,
-        f"{name}_growth": attacked / clean if clean else None,
-    }
+def _mean_values(trial: Trial) -> tuple[float | None, ...]:
+    """The values of a trial that metrics are means of, in the order of `MEANS`."""
+    return (
+        *(_NO_TOKENS if trial.tokens is None else _of_tokens(trial.tokens)),
+        *(_NO_DISTANCE if trial.distance is None else _of_distance(trial.distance)),
+        *(_NO_DEMANDS if trial.demands is None else _of_demands(trial.demands)),
+    )
+
+
+def _of_demands(found: Demands) -> tuple[float | None, ...]:
+    clean, hit = found.clean_compressed, found.attacked_compressed
+    return (
+        *_grown(clean.tokens, hit.tokens),
+        *_grown(found.clean_full.generated, found.attacked_full.generated),
+        *_grown(clean.generated, hit.generated),
+        float(clean.fallback),
+        float(hit.fallback),
+    )
+
+
+def _grown(clean: int, attacked: int) -> tuple[float | None, ...]:
+    return clean, attacked, attacked / clean if clean else None
 
 
 _Test = Callable[[Row], bool | None]
@@ -218,20 +244,35 @@ def measure(
     found: dict[str, Estimate] = {}
     for name in wanted & PROPORTIONS.keys():
         event, eligible = PROPORTIONS[name]
-        base = [row for row in measured if eligible(row)]
-        found[name] = wilson(sum(bool(event(row)) for row in base), len(base), confidence)
+        hits = [bool(event(row)) for row in measured if eligible(row)]
+        found[name] = wilson(sum(hits), len(hits), confidence)
     if wanted.intersection(RESAMPLED):
         found |= _bootstrapped(measured, seed, confidence)
-    for index, (name, bounds) in enumerate(MEANS.items()):
-        if name in wanted:
-            pairs = [(row.means[index], row.image) for row in measured]
-            values = [value for value, _ in pairs if value is not None]
-            images = [image for value, image in pairs if value is not None]
-            found[name] = cluster_mean(values, images, confidence=confidence, bounds=bounds)
+    found |= _averaged(measured, wanted, confidence)
     if "linf" in wanted:
         sizes = [row.linf for row in measured if row.linf is not None]
         found["linf"] = Estimate(max(sizes), None, None, len(sizes)) if sizes else EMPTY
     return {name: found[name] for name in METRICS if name in wanted}
+
+
+def _averaged(rows: Sequence[Row], wanted: set[str], confidence: float) -> dict[str, Estimate]:
+    """Metrics that are means, each over the rows that have a value of it."""
+    found: dict[str, Estimate] = {}
+    place = _places(rows)
+    images = np.array([place[row.image] for row in rows], dtype=np.int64)
+    columns = list(zip(*(row.means for row in rows), strict=True)) or [()] * len(MEANS)
+    for name in wanted & MEANS.keys():
+        values, of = columns[_MEAN_PLACE[name]], images
+        if None in values:
+            of = images[[value is not None for value in values]]
+        having = [value for value in values if value is not None]
+        found[name] = cluster_mean(having, of, confidence=confidence, bounds=MEANS[name])
+    return found
+
+
+def _places(rows: Sequence[Row]) -> dict[str, int]:
+    """The images, sorted and numbered."""
+    return {image: index for index, image in enumerate(sorted({row.image for row in rows}))}
 
 
 def _bootstrapped(rows: Sequence[Row], seed: int, confidence: float) -> dict[str, Estimate]:
@@ -281,12 +322,11 @@ RANGES: Final[dict[str, tuple[float, float]]] = {
 
 def by_image(rows: Sequence[Row]) -> NDArray[np.int64]:
     """Sum (n, c, c_K, c', c'_K) over the questions of each image: ``[C, 5]``, images sorted."""
-    sums: dict[str, list[int]] = {}
-    for row in rows:
-        cluster = sums.setdefault(row.image, [0] * 5)
-        for index, one in enumerate((1, *row[3:7])):
-            cluster[index] += int(one)
-    return np.array([sums[image] for image in sorted(sums)], dtype=np.int64)
+    place = _places(rows)
+    table = np.zeros((len(place), 5), dtype=np.int64)
+    counts = np.array([(1, *row[3:7]) for row in rows], dtype=np.int64)
+    np.add.at(table, [place[row.image] for row in rows], counts)
+    return table
 
 
 def from_counts(sums: NDArray[np.float64]) -> NDArray[np.float64]:

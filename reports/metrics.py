@@ -5,9 +5,12 @@ The metrics themselves are in `reports.measure`, their definitions in `reports.r
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 from reports.availability import Latency
@@ -26,7 +29,6 @@ from reports.records import (
     Calibration,
     Cell,
     Diagnosis,
-    Effort,
     GateSpec,
     Manifest,
     Trial,
@@ -62,73 +64,123 @@ def summarise(
     Raises:
         ReportError: if a trial belongs to no cell or sample of the manifest.
     """
+    with _uncollected():
+        return _summarise(manifest, trials, calibrations, baselines)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cycle collector, which a third of the time would go to.
+
+    The records of a ledger hold no cycles, and there are hundreds of thousands of them, which it
+    would walk through again and again.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _summarise(
+    manifest: Manifest,
+    trials: Iterable[Trial],
+    calibrations: Sequence[Calibration],
+    baselines: Baselines | None,
+) -> dict[str, Any]:
     scores = Scores()
     rows, timings, effort = _collect(manifest, _noted(trials, scores))
-    measured: dict[tuple[str, float], dict[str, Estimate]] = {}
-
-    def of(cell: Cell, confidence: float) -> dict[str, Estimate]:
-        if (cell.id, confidence) not in measured:
-            measured[cell.id, confidence] = measure(
-                rows[cell.id], seed=seed_of(manifest, cell.id), confidence=confidence
-            )
-        return measured[cell.id, confidence]
-
-    progress = {cell.id: _progress(rows[cell.id], len(manifest.samples)) for cell in manifest.cells}
-    doubts = _doubts(manifest.cells, rows)
-    badges = Badges(manifest, rows, doubts)
-
-    def doubt(gate: GateSpec, cell: Cell) -> str | None:
-        found = vetoes(gate, doubts[cell.id])
-        return badges.veto(gate, cell) if found is None else found.sentence
-
-    def name(cell: Cell) -> str:
-        return cell_label(cell, badges.of(cell))
-
-    gates = _decided(
-        manifest,
-        rows,
-        Baselines(manifest) if baselines is None else baselines,
-        lambda cell, name, confidence: of(cell, confidence).get(name, EMPTY),
-        (lambda cell: progress[cell.id], doubt, name),
-    )
-    whole = Progress(
-        expected=sum(p.expected for p in progress.values()),
-        measured=sum(p.measured for p in progress.values()),
-        errors=sum(p.errors for p in progress.values()),
-    )
-    conclusion = conclude(gates, whole)
+    found = _Measured(manifest, rows)
+    gates = found.gates(Baselines(manifest) if baselines is None else baselines)
+    whole = found.whole()
+    cells = [{**found.cell(cell), **effort.get(cell.id, {})} for cell in manifest.cells]
     summary = {
         "schema": SCHEMA_VERSION,
         "name": manifest.name,
         "scenario_hash": manifest.scenario_hash,
         "seed": manifest.seed,
-        **conclusion.model_dump(mode="json"),
+        **conclude(gates, whole).model_dump(mode="json"),
         "progress": {**whole.model_dump(), "missing": whole.missing},
         **_filter(manifest),
         "confidence": CONFIDENCE,
         "gates": [gate.model_dump(mode="json") for gate in gates],
-        "checks": [
-            check.model_dump(mode="json")
-            for check in grouped([one for found in doubts.values() for one in found], name)
-        ],
-        "defenses": badges.as_json(),
-        "cells": [
-            {
-                **_cell(manifest, cell, rows[cell.id], of(cell, CONFIDENCE), progress[cell.id]),
-                "badge": badges.of(cell),
-                **effort.get(cell.id, {}),
-                **minimal_epsilon(cell, rows[cell.id]),
-                "checks": [{"code": one.code, "message": one.message} for one in doubts[cell.id]],
-            }
-            for cell in manifest.cells
-        ],
-        "timings": {**timings, "defenses": badges.timings()},
+        "checks": found.checks(),
+        "defenses": found.badges.as_json(),
+        "cells": cells,
+        "timings": {**timings, "defenses": found.badges.timings()},
     }
-    watched = detectors(manifest, scores, calibrations)
+    watched, matrix = detectors(manifest, scores, calibrations), transfer(manifest.cells, cells)
     if watched is not None:
         summary["detectors"] = watched
-    matrix = transfer(manifest.cells, summary["cells"])
     return summary if matrix is None else {**summary, "transfer": matrix}
+
+
+class _Measured:
+    """The cells of a run: metrics, doubts and badges, each computed once.
+
+    Attributes:
+        badges: of its defences.
+    """
+
+    def __init__(self, manifest: Manifest, rows: Mapping[str, Sequence[Row]]) -> None:
+        self._manifest, self._rows = manifest, rows
+        self._metrics: dict[tuple[str, float], dict[str, Estimate]] = {}
+        self._done = {
+            cell.id: _progress(rows[cell.id], len(manifest.samples)) for cell in manifest.cells
+        }
+        self._doubts = _doubts(manifest.cells, rows)
+        self.badges = Badges(manifest, rows, self._doubts)
+
+    def gates(self, baselines: Baselines) -> list[GateDecision]:
+        """The decision of each gate."""
+        return _decided(
+            self._manifest,
+            self._rows,
+            baselines,
+            lambda cell, name, confidence: self._of(cell, confidence).get(name, EMPTY),
+            (lambda cell: self._done[cell.id], self._doubt, self._name),
+        )
+
+    def whole(self) -> Progress:
+        """Progress of all cells together."""
+        done = self._done.values()
+        return Progress(
+            expected=sum(p.expected for p in done),
+            measured=sum(p.measured for p in done),
+            errors=sum(p.errors for p in done),
+        )
+
+    def checks(self) -> list[dict[str, Any]]:
+        """`checks` of the summary."""
+        every = [one for found in self._doubts.values() for one in found]
+        return [check.model_dump(mode="json") for check in grouped(every, self._name)]
+
+    def cell(self, cell: Cell) -> dict[str, Any]:
+        """One entry of `cells` in the summary, without what its attack took."""
+        rows, metrics = self._rows[cell.id], self._of(cell, CONFIDENCE)
+        doubts = self._doubts[cell.id]
+        return {
+            **_cell(self._manifest, cell, rows, metrics, self._done[cell.id]),
+            "badge": self.badges.of(cell),
+            **minimal_epsilon(cell, rows),
+            "checks": [{"code": one.code, "message": one.message} for one in doubts],
+        }
+
+    def _of(self, cell: Cell, confidence: float) -> dict[str, Estimate]:
+        key = cell.id, confidence
+        if key not in self._metrics:
+            seed = seed_of(self._manifest, cell.id)
+            self._metrics[key] = measure(self._rows[cell.id], seed=seed, confidence=confidence)
+        return self._metrics[key]
+
+    def _doubt(self, gate: GateSpec, cell: Cell) -> str | None:
+        found = vetoes(gate, self._doubts[cell.id])
+        return self.badges.veto(gate, cell) if found is None else found.sentence
+
+    def _name(self, cell: Cell) -> str:
+        return cell_label(cell, self.badges.of(cell))
 
 
 def _decided(
@@ -186,8 +238,8 @@ def _collect(
 ) -> tuple[dict[str, list[Row]], dict[str, Any], dict[str, dict[str, Any]]]:
     order = {sample: index for index, sample in enumerate(manifest.samples)}
     cells: dict[str, dict[str, Row]] = {cell.id: {} for cell in manifest.cells}
-    seconds: dict[str, Counter[str]] = {cell.id: Counter() for cell in manifest.cells}
-    efforts: dict[str, dict[str, tuple[Effort, str]]] = {cell.id: {} for cell in manifest.cells}
+    seconds: dict[str, dict[str, float]] = {cell.id: defaultdict(float) for cell in manifest.cells}
+    efforts: dict[str, dict[str, tuple[str, _Taken]]] = {cell.id: {} for cell in manifest.cells}
     latency = Latency()
     for trial in trials:
         if trial.cell not in cells or trial.sample not in order:
@@ -196,36 +248,47 @@ def _collect(
                 "the manifest does not plan; the two files are not of the same run"
             )
         cells[trial.cell][trial.sample] = row_of(trial)
-        seconds[trial.cell].update(trial.timings)
+        spent = seconds[trial.cell]
+        for phase, took in trial.timings.items():
+            spent[phase] += took
         if trial.effort is not None:
-            efforts[trial.cell][trial.sample] = trial.effort, trial.made_by
+            efforts[trial.cell][trial.sample] = trial.made_by, _taken(trial.effort)
         if trial.demands is not None:
             latency.add(trial.cell, trial.sample, trial.demands)
     rows = {
         cell: [found[sample] for sample in sorted(found, key=order.__getitem__)]
         for cell, found in cells.items()
     }
-    spent = {cell: _effort(list(found.values())) for cell, found in efforts.items() if found}
-    return rows, {**_timings(seconds), "answers": latency.summary()}, spent
+    effort = {cell: _effort(list(found.values())) for cell, found in efforts.items() if found}
+    return rows, {**_timings(seconds), "answers": latency.summary()}, effort
 
 
-def _effort(trials: Sequence[tuple[Effort, str]]) -> dict[str, Any]:
-    """What making an image of a cell took, on average, and which part of a combined attack did."""
-    names = ("forwards", "backwards", "queries")
-    makers = Counter(maker for _, maker in trials if maker)
+_EFFORT = ("forwards", "backwards", "queries")
+_taken = attrgetter(*_EFFORT)
+_Taken = tuple[int, ...]
+
+
+def _effort(trials: Sequence[tuple[str, _Taken]]) -> dict[str, Any]:
+    """What making an image of a cell took, on average, and which part of a combined attack did.
+
+    Args:
+        trials: who made each image, and what it took, in the order of `_EFFORT`.
+    """
+    makers = Counter(maker for maker, _ in trials if maker)
     return {
         "effort": {
-            name: round(sum(getattr(one, name) for one, _ in trials) / len(trials), 2)
-            for name in names
+            name: round(sum(taken[index] for _, taken in trials) / len(trials), 2)
+            for index, name in enumerate(_EFFORT)
         },
         **({"made_by": dict(makers.most_common())} if makers else {}),
     }
 
 
-def _timings(seconds: dict[str, Counter[str]]) -> dict[str, Any]:
-    total: Counter[str] = Counter()
+def _timings(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    total: dict[str, float] = defaultdict(float)
     for phases in seconds.values():
-        total.update(phases)
+        for phase, spent in phases.items():
+            total[phase] += spent
     return {
         "unit": "seconds, summed over trials",
         "total": {phase: round(total[phase], 3) for phase in sorted(total)},
@@ -266,6 +329,8 @@ def _cell(
         "missing": done.missing,
         "images": len({row.image for row in rows if not row.error}),
         "metrics": {name: estimate.as_json() for name, estimate in found.items()},
+        "retention": _mean([row.retention for row in rows if row.retention is not None]),
+        "outcomes": _outcomes(rows),
         "failures": len(failures),
         "diagnosis": {name: diagnosed[name] for name in names},
         "mcnemar": {
@@ -276,6 +341,16 @@ def _cell(
         },
         "by_kind": _by_kind(rows, seed_of(manifest, cell.id)),
     }
+
+
+def _outcomes(rows: Sequence[Row]) -> dict[str, int]:
+    """How many samples had each outcome: right (1) or wrong (0) for c, c_K, c', c'_K."""
+    counts = Counter("".join("01"[right] for right in row[3:7]) for row in rows if not row.error)
+    return {outcome: counts[outcome] for outcome in sorted(counts, reverse=True)}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 6) if values else None
 
 
 def _by_kind(rows: Sequence[Row], seed: int) -> dict[str, Any]:

@@ -158,7 +158,13 @@ def _statement(key: tuple[str, str], worst: Cell, cells: Sequence[Cell], several
         f"compressed (CSFR {interval(csfr, 2)}, n = {csfr['n']:,}), while the full path keeps "
         f"{_percent(upr['value'])} of its accuracy."
     )
-    return f"{text} {_cause(worst)}{_control(worst, cells)}".strip()
+    return f"{text} {_cause(worst)}{_control(worst, cells)} {_alone(worst)}"
+
+
+def _alone(cell: Cell) -> str:
+    """What compression costs without an attack, so that it is never read as one."""
+    drop = cell["metrics"]["clean_drop"]
+    return f"Compression alone, without an attack, costs {interval(drop, 2)} of accuracy."
 
 
 def _percent(value: float | None) -> str:

@@ -171,7 +171,7 @@ def left_out(table: NDArray[np.int64], statistic: Statistic) -> NDArray[np.float
 
 def cluster_mean(
     values: Sequence[float],
-    clusters: Sequence[str],
+    clusters: Sequence[str] | NDArray[np.int64],
     *,
     confidence: float = 0.95,
     bounds: tuple[float, float] | None = None,

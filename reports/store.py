@@ -33,7 +33,7 @@ from reports.files import (
     write_json,
     write_text,
 )
-from reports.ledger import Key, Ledger
+from reports.ledger import Key, Ledger, Place
 from reports.records import Calibration, Manifest, Trial
 
 MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.jsonl", "images"
@@ -172,6 +172,22 @@ class RunStore:
             LedgerError: at a damaged line.
         """
         return self._ledger.trials()
+
+    def located(self) -> Iterator[tuple[Place, Trial]]:
+        """As `trials`, each with its place in the ledger.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        return self._ledger.located()
+
+    def trial_at(self, place: Place) -> Trial:
+        """The trial at a place: to keep where it lies is cheaper than to keep it.
+
+        Raises:
+            LedgerError: if the line is damaged.
+        """
+        return self._ledger.at(place)
 
     def done(self, *, errors: bool = True) -> set[Key]:
         """(cell, sample) already recorded; `errors=False` leaves out failed measurements."""

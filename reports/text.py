@@ -22,6 +22,8 @@ def plain(text: str, limit: int = 2_000) -> str:
         text: an answer, a question, a name: anything that came from outside.
         limit: longest result in characters before an ellipsis.
     """
+    if len(text) <= limit and text.isprintable() and _INVISIBLE.isdisjoint(text):
+        return text  # most strings, and all coordinates of charts
     shown = "".join(_visible(character) for character in text[: limit + 1])
     return shown if len(text) <= limit else shown[:limit] + "…"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +14,7 @@ from redteam.batching import failure as failure_of
 from redteam.calibrating import Calibrator, Watched, batch_of, evading, watch
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import Filter, without
+from redteam.engines.base import Done, Vault
 from redteam.errors import PlanError
 from redteam.evaluation import Asker, Replies, Reply, Shot, good
 from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
@@ -151,7 +152,7 @@ class LocalEngine:
         self._samples = without(self._samples, found)
         return found
 
-    def execute(self, unit: WorkUnit, store: RunStore) -> list[Trial]:
+    def execute(self, unit: WorkUnit, store: Vault) -> list[Trial]:
         """All trials of a unit: each of its samples in each of its cells.
 
         Args:
@@ -189,13 +190,42 @@ class LocalEngine:
             trials += self._trials(asker, unit, planned, attacked, replies, scores)
         return trials
 
+    def hardware(self) -> dict[str, Any]:
+        """This machine."""
+        from redteam.provenance import hardware
+
+        return hardware(self.device)
+
+    def calibrate(self, store: Vault) -> None:
+        """Calibrate every detector on every compression, as the units would one by one."""
+        scenario = self._plan.scenario
+        for target in scenario.targets:
+            watched = [one for one in scenario.defenses if _is_detector(one)]
+            for compression in scenario.compressions if watched else ():
+                asker = self._open(target)
+                for defense in watched:
+                    self._calibrator.watching(asker, target, compression, defense, store)
+
+    def results(
+        self, units: Sequence[WorkUnit], store: RunStore, stop: Callable[[], bool]
+    ) -> Iterator[Done]:
+        """Carry out units one after another; see `redteam.engines.base.Engine`."""
+        for unit in units:
+            if stop():
+                return
+            yield Done(unit, self.execute(unit, store))
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     def _watched(
         self,
         asker: Asker,
         block: _Block,
         planned: PlannedCell,
         shots: Mapping[int, Shot],
-        store: RunStore,
+        store: Vault,
     ) -> list[dict[int, Watched | Failure]]:
         """How suspicious a detector finds clean and attacked pictures."""
         compression, defense = planned.compression, planned.defense
@@ -300,7 +330,7 @@ class LocalEngine:
             max_new_tokens=1,
         )
 
-    def _share(self, unit: WorkUnit, store: RunStore) -> _Block:
+    def _share(self, unit: WorkUnit, store: Vault) -> _Block:
         """The block of a unit: its clean pictures, as their files hold them."""
         label = unit.group.target.label
         block = self._block
@@ -310,7 +340,7 @@ class LocalEngine:
             block = self._block = _Block(label, unit.block, shots)
         return block
 
-    def _shot(self, index: int, store: RunStore) -> Shot | Failure:
+    def _shot(self, index: int, store: Vault) -> Shot | Failure:
         try:
             sample = self._samples[index]
             data = encode_png(sample.image)
@@ -331,7 +361,7 @@ class LocalEngine:
         return block.clean[key]
 
     def _attack(
-        self, asker: Asker, group: ImageGroup, block: _Block, store: RunStore
+        self, asker: Asker, group: ImageGroup, block: _Block, store: Vault
     ) -> dict[int, Attacked | Failure]:
         """Attacked images, as their files hold them."""
         key = (group.id, block.number)
@@ -366,7 +396,7 @@ class LocalEngine:
         group: ImageGroup,
         shots: Mapping[int, Shot],
         found: dict[int, Attacked | Failure],
-        store: RunStore,
+        store: Vault,
     ) -> None:
         """Run the attack twice on the first samples, in equal batches, and note what differs."""
         chosen = list(good(found))[: self._plan.scenario.checks.repeat]
@@ -383,7 +413,7 @@ class LocalEngine:
                 found[index] = replace(one, checks=(*one.checks, message))
 
     def _propose(
-        self, asker: Asker, group: ImageGroup, shots: Sequence[Shot], store: RunStore
+        self, asker: Asker, group: ImageGroup, shots: Sequence[Shot], store: Vault
     ) -> list[_Made]:
         """Run the attack of a group on pictures of one size."""
         attack, view = self._means(asker, group, store)
@@ -428,14 +458,14 @@ class LocalEngine:
 
         return pipeline(asker.instance(group.known), guard)
 
-    def _evading(self, asker: Asker, group: ImageGroup, attack: Attack, store: RunStore) -> Attack:
+    def _evading(self, asker: Asker, group: ImageGroup, attack: Attack, store: Vault) -> Attack:
         """An attack on a detector with what that has learnt, and the threshold to stay under."""
         if group.known is None or group.defense is None:
             raise PlanError(f"{group.attack.label} evades a detector of a compression it must know")
         watching = self._calibrator.watching(asker, group.target, group.known, group.defense, store)
         return evading(asker, watching, group.known, attack)
 
-    def _means(self, asker: Asker, group: ImageGroup, store: RunStore) -> tuple[Attack, Any]:
+    def _means(self, asker: Asker, group: ImageGroup, store: Vault) -> tuple[Attack, Any]:
         """The attack of a group in the form it is run, and what it may use."""
         from targets.views import OtherModels
 
@@ -568,7 +598,7 @@ class LocalEngine:
         return found
 
 
-def _attacked(made: _Made, clean: Shot, store: RunStore) -> Attacked:
+def _attacked(made: _Made, clean: Shot, store: Vault) -> Attacked:
     """An attacked image as its file holds it; so is what its budget was measured from."""
 
     def saved(pixels: Pixels) -> Shot:
@@ -588,6 +618,10 @@ def _attacked(made: _Made, clean: Shot, store: RunStore) -> Attacked:
         pipeline=made.pipeline,
         base=base,
     )
+
+
+def _is_detector(defense: Method) -> bool:
+    return defense.signature.facts.get("kind") == "detector"
 
 
 def _pixels(made: _Made | Failure) -> Pixels | None:

@@ -42,12 +42,14 @@ class Curves:
         drawing: the chart.
         legend: classes of each series and its name.
         description: the same numbers in words, for who does not see the chart.
+        note: a sentence that stands below it.
     """
 
     title: str
     drawing: Markup
     legend: tuple[tuple[str, str], ...]
     description: str
+    note: str = ""
 
 
 def grouped(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
@@ -169,16 +171,16 @@ def budget_charts(cells: Sequence[Cell]) -> list[Curves]:
         norms = list(dict.fromkeys(cell["norm"] for cell in measured))
         for norm in norms:
             same = [cell for cell in measured if cell["norm"] == norm]
-            panels = _panels(same, series)
-            for index, panel in enumerate(panels, 1):
-                part = f" ({index} of {len(panels)})" if len(panels) > 1 else ""
+            parts = panels(same, series)
+            for index, panel in enumerate(parts, 1):
+                part = f" ({index} of {len(parts)})" if len(parts) > 1 else ""
                 name = f"{title}, {NORMS.get(norm, plain(norm))}" if len(norms) > 1 else title
                 if len({cell["epsilon"] for cell in panel}) > 1:
                     charts.append(_curves(f"{name}{part}", panel, series))
     return charts
 
 
-def _panels(cells: Sequence[Cell], series: Mapping[tuple[str, str], Series]) -> list[list[Cell]]:
+def panels(cells: Sequence[Cell], series: Mapping[tuple[str, str], Series]) -> list[list[Cell]]:
     """Cells of each chart, those of controls in all."""
     panel = {name: one.panel for name, one in series.items()}
     numbers = dict.fromkeys(panel[cell["attack"], cell["defense"]] for cell in cells)
@@ -196,7 +198,7 @@ def _curves(title: str, cells: Sequence[Cell], series: Mapping[tuple[str, str], 
         name: [] for name in series if any(name == (c["attack"], c["defense"]) for c in cells)
     }
     said = []
-    against = {(cell["attack"], cell["defense"]): _against(cell) for cell in cells}
+    names = {(cell["attack"], cell["defense"]): against(cell) for cell in cells}
     for cell in sorted(cells, key=lambda one: one["epsilon"]):
         csfr = cell["metrics"]["csfr"]
         point = svg.Point(place[cell["epsilon"]], csfr["value"], csfr["low"], csfr["high"])
@@ -206,12 +208,20 @@ def _curves(title: str, cells: Sequence[Cell], series: Mapping[tuple[str, str], 
     return Curves(
         title=title,
         drawing=svg.curves([(series[name].kind, line) for name, line in lines.items()], ticks),
-        legend=tuple((series[name].kind, against[name]) for name in lines),
+        legend=tuple((series[name].kind, names[name]) for name in lines),
         description="; ".join(said),
+        note=_alone(cells),
     )
 
 
-def _against(cell: Cell) -> str:
+def _alone(cells: Sequence[Cell]) -> str:
+    """What compression costs without an attack: it is in none of the failures drawn."""
+    drops = {interval(cell["metrics"]["clean_drop"], 2): None for cell in cells}
+    return f"Compression alone, without an attack, costs {' or '.join(drops)} of accuracy."
+
+
+def against(cell: Cell) -> str:
+    """An attack, and the defence where there is one."""
     shown = defense_text(cell)
     return plain(cell["attack"]) + (f" against {shown}" if shown else "")
 

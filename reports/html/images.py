@@ -16,7 +16,11 @@ EXACT = 256
 """Images up to this edge in pixels are embedded as stored; larger ones are made smaller."""
 REDUCED = 448
 """Largest edge of an embedded image that was larger than `EXACT`."""
+SMALL = 112
+"""Largest edge of the pictures of findings that are only listed."""
 _QUALITY = 88
+_SMALL_QUALITY = 50
+_UNREADABLE = (StoreError, UnidentifiedImageError, Image.DecompressionBombError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +64,24 @@ def load_pair(store: RunStore, clean: str | None, attacked: str | None) -> Pair 
     try:
         data = store.read_png(clean), store.read_png(attacked)
         first, second = (Image.open(io.BytesIO(one)).convert("RGB") for one in data)
-    except (StoreError, UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except _UNREADABLE as error:
         return f"The images cannot be shown: {error}"
     difference, gain = _difference(first, second)
     return Pair(_picture(first, data[0]), _picture(second, data[1]), difference, gain)
+
+
+def load_small(store: RunStore, name: str | None) -> Picture | None:
+    """A small, lossy picture of a stored image; None if there is none to show."""
+    if name is None:
+        return None
+    try:
+        image = Image.open(io.BytesIO(store.read_png(name))).convert("RGB")
+    except _UNREADABLE:
+        return None
+    image.thumbnail((SMALL, SMALL))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=_SMALL_QUALITY, method=0)
+    return Picture(_uri("webp", buffer.getvalue()), *image.size, reduced=True)
 
 
 def _difference(clean: Image.Image, attacked: Image.Image) -> tuple[Picture | None, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from markupsafe import Markup, escape
 from reports import availability, defended, detection, taxonomy, text, transfer
 from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
-from reports.html import charts, svg
-from reports.html.images import Pair, load_pair
+from reports.html import charts, heat, retention, stages, tradeoff
+from reports.html.shown import briefs, views
 from reports.marks import MEANING, VERIFIED, bare, defense_text
 from reports.reading import (
     DIAGNOSIS,
@@ -27,7 +27,7 @@ from reports.reading import (
     compression_known,
     statements,
 )
-from reports.records import Cell, Manifest, Trial
+from reports.records import Cell, Manifest
 from reports.registry import METRICS
 from reports.statistics import DRAWS
 from reports.store import RunStore
@@ -44,23 +44,16 @@ RANKING = (
 """Columns of the table of rankings."""
 
 
-@dataclass(frozen=True, slots=True)
-class FindingView:
-    """One finding, ready for the template."""
-
-    anchor: str
-    trial: Trial
-    cell: str
-    pair: Pair | None
-    problem: str
-    """Why there are no pictures; "" if there are."""
-    kept_clean: Markup
-    kept_attacked: Markup
-    answers: tuple[tuple[str, str, str, bool], ...]
-    """(image, path, text, right)."""
-    diagnosis: tuple[str, str, str]
-    """Key, title and explanation."""
-    spark: Markup
+_HASH = re.compile(r"[0-9a-f]{16,}")
+ROWS = 30
+"""Cells above which charts of a row each leave out those with a defence."""
+INTERVALS = {
+    "proportion": "Wilson interval",
+    "bootstrap": "percentile interval of a paired bootstrap over images",
+    "mean": "normal interval, variance summed by image",
+    "maximum": "a largest value, without an interval",
+}
+"""How the interval of each kind of metric is made."""
 
 
 def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
@@ -72,20 +65,29 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         found: findings and errors to show.
 
     Returns:
-        A whole HTML document: no script, no outside resource, every foreign string escaped.
+        A whole HTML document: no outside resource, every foreign string escaped, and one script,
+        ours, that the policy names by its hash and that the page can do without.
     """
     manifest, cells = store.manifest, summary["cells"]
+    drawn = _drawn(cells)
     badges = {cell["id"]: cell["badge"] for cell in cells}
     labels = {cell.id: cell_label(cell, badges[cell.id]) for cell in manifest.cells}
     page = environment().get_template("report.html")
     return page.render(
         **styled(),
+        **_scripted(),
         manifest=manifest,
         summary=summary,
         statements=statements(summary),
         notes=notes(summary),
-        gap=charts.gap_chart(cells),
-        accuracy=charts.accuracy_chart(cells),
+        left_out=len(cells) - len(drawn),
+        gap=charts.gap_chart(drawn),
+        stages=stages.STAGES,
+        stage_bars=stages.chart(drawn),
+        retention=retention.retention_charts(manifest, drawn),
+        heat=heat.heat_maps(cells),
+        trade_offs=tradeoff.trade_offs(summary),
+        accuracy=charts.accuracy_chart(drawn),
         budgets=charts.budget_charts(cells),
         survival=charts.survival_charts(cells),
         availability=availability.table(manifest, summary),
@@ -101,17 +103,23 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         several_targets=len({cell["target"] for cell in cells}) > 1,
         tested=list(_tested(manifest)),
         threats=_threats(manifest),
-        findings=[_view(store, trial, index, labels) for index, trial in enumerate(found.shown, 1)],
         found=found,
+        findings=views(store, found.shown, labels),
+        briefs=briefs(store, found.listed, labels, start=len(found.shown) + 1),
         shown_limit=SHOWN,
+        causes=DIAGNOSIS,
+        run=store.folder.name,
+        hashes=list(_hashes(manifest)),
         labels=labels,
         provenance=list(flatten(manifest.provenance)),
+        profiles=_profiles(store),
         scenario=store.scenario_text(),
         taxonomy=taxonomy.entries(manifest.cells),
         taxonomy_note=f"{taxonomy.NOTE} Table version {taxonomy.VERSION}.",
         how_to_read=HOW_TO_READ,
         diagnoses=DIAGNOSIS,
         metrics=METRICS,
+        intervals=INTERVALS,
         matrix=summary.get("transfer"),
         transfer=transfer,
         rates=RATES,
@@ -120,11 +128,26 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
     )
 
 
+def _drawn(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Cells of the charts with a row for each; where these are many, those without a defence."""
+    plainly = [cell for cell in cells if cell["defense"] in ("", "none")]
+    return plainly if plainly and len(cells) > ROWS else cells
+
+
 def styled() -> dict[str, Markup | str]:
     """The style sheet, and its hash, by which alone the page allows it."""
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return {"style": Markup(style), "style_hash": digest}  # noqa: S704 - our own file
+    return {"style": Markup(style), "style_hash": _hash(style)}  # noqa: S704 - our own file
+
+
+def _scripted() -> dict[str, Markup | str]:
+    """The script, and its hash."""
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    return {"script": Markup(script), "script_hash": _hash(script)}  # noqa: S704 - our own file
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def environment() -> Environment:
@@ -195,6 +218,14 @@ def flatten(value: object, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, json.dumps(value, ensure_ascii=False, default=str)
 
 
+def _profiles(store: RunStore) -> list[dict[str, Any]]:
+    """Where the time of each profiled session went; what is not in the known form is left out."""
+    known = ("phases", "wall_seconds", "device", "overhead")
+    return [
+        one for one in store.profiles() if isinstance(one, dict) and all(k in one for k in known)
+    ]
+
+
 def _options(spec: object, *, steps: bool = False) -> str:
     """Options of a method in one line: ``fastv: layer 2, retention 0.25``.
 
@@ -221,6 +252,13 @@ def _tested(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
         for label in labels:
             cell = next(cell for cell in manifest.cells if getattr(cell, role) == label)
             yield role, label, _options(cell.spec.get(role), steps=role == "attack")
+
+
+def _hashes(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(of what, hash): weights, processors and data, by which a run is known again."""
+    for path, value in flatten(manifest.provenance.get("identity", {})):
+        if _HASH.fullmatch(value):
+            yield path.removeprefix("targets.").replace(".", ", "), value
 
 
 def _threats(manifest: Manifest) -> list[dict[str, str]]:
@@ -252,33 +290,3 @@ def _declared(cell: Cell) -> str:
     words = [text.count(steps, "gradient step") if steps else ""]
     words.append(text.count(queries, "query", "queries") if queries else "")
     return ", ".join(filter(None, words)) or "nothing"
-
-
-def _view(store: RunStore, trial: Trial, index: int, labels: Mapping[str, str]) -> FindingView:
-    pair = load_pair(store, trial.clean_png, trial.attacked_png)
-    tokens, answers = trial.tokens, trial.answers
-    key = trial.swap.diagnosis.value if trial.swap else "undiagnosed"
-    rows = [] if answers is None else [
-        ("clean", "full", answers.clean_full),
-        ("clean", "compressed", answers.clean_compressed),
-        ("attacked", "full", answers.attacked_full),
-        ("attacked", "compressed", answers.attacked_compressed),
-    ]  # fmt: skip
-    overlays = (
-        [svg.overlay(tokens.grid, kept, tokens.evidence, tokens.boxes)
-         for kept in (tokens.kept_clean, tokens.kept_attacked)]
-        if tokens
-        else [Markup(), Markup()]
-    )  # fmt: skip
-    return FindingView(
-        anchor=f"finding-{index}",
-        trial=trial,
-        cell=labels[trial.cell],
-        pair=None if isinstance(pair, str) else pair,
-        problem=pair if isinstance(pair, str) else "",
-        kept_clean=overlays[0],
-        kept_attacked=overlays[1],
-        answers=tuple((image, path, one.text, one.correct) for image, path, one in rows),
-        diagnosis=(key, *DIAGNOSIS[key]),
-        spark=svg.sparkline(trial.loss) if len(trial.loss) > 1 else Markup(),
-    )

@@ -127,6 +127,30 @@ def bar_row(
     )  # fmt: skip
 
 
+def stacked_row(parts: Sequence[tuple[str, int]], label: str) -> Markup:
+    """Exclusive shares of one whole, each with its count where there is room for it."""
+    whole, start, drawn = sum(count for _, count in parts) or 1, 0.0, []
+    for name, count in parts:
+        if not count:
+            continue
+        share = 100 * count / whole
+        drawn.append(
+            tag("rect", x=f"{round(start, 3)}%", y=2, width=f"{round(share, 3)}%", height=16,
+                class_=f"stage-{name}")
+        )  # fmt: skip
+        if share > 2.2 * len(str(count)) + 1:
+            middle = f"{round(start + share / 2, 3)}%"
+            kind = f"on on-{name}"
+            drawn.append(
+                tag("text", f"{count:,}", x=middle, y=14, text_anchor="middle", class_=kind)
+            )
+        start += share
+    return tag(
+        "svg", Markup().join(drawn), class_="stack-bar", width="100%", height=20, role="img",
+        aria_label=label,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """A point of a curve: x in [0, 1] of the width, the rest in [0, 1]."""
@@ -203,6 +227,84 @@ def _line(points: Sequence[Point], kind: str, y: _Vertical, knots: bool) -> list
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A dot that came from elsewhere.
+
+    Attributes:
+        label: what stands in it.
+        x: before and after.
+        y: likewise, in [0, 1].
+        whisker: interval of y after.
+        filled: else hollow.
+    """
+
+    label: str
+    x: tuple[float, float]
+    y: tuple[float, float]
+    whisker: tuple[float, float]
+    filled: bool
+
+
+def scatter(dots: Sequence[Dot], across: str, upwards: str) -> Markup:
+    """Labelled dots, each with a line from where it came; y from 0 to 1.
+
+    Args:
+        dots: what is drawn.
+        across: name of the horizontal axis.
+        upwards: name of the vertical one.
+    """
+    height, top, bottom = 246, 34, 196
+    ends = [value for dot in dots for value in dot.x]
+    scale = _around(min(ends), max(ends))
+
+    def y(value: float) -> float:
+        return round(bottom - (bottom - top) * min(1.0, max(0.0, value)), 2)
+
+    def x(value: float) -> str:
+        return f"{_inset(scale.at(value) / 100)}%"
+
+    parts = [tag("text", upwards, x=0, y=11)]
+    for level in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(
+            tag("line", x1="0%", x2="100%", y1=y(level), y2=y(level),
+                class_="tick" if level else "zero")
+        )  # fmt: skip
+        parts.append(tag("text", f"{level:g}", x=0, y=y(level) - 3))
+    for tick in scale.ticks:
+        parts.append(tag("text", f"{tick:g}", x=x(tick), y=bottom + 16, text_anchor="middle"))
+    parts.append(tag("text", across, x="100%", y=height - 10, text_anchor="end"))
+    for dot in dots:
+        low, high = dot.whisker
+        (x0, x1), (y0, y1) = map(x, dot.x), map(y, dot.y)
+        parts += [
+            tag("line", x1=x0, y1=y0, x2=x1, y2=y1, class_="came"),
+            tag("circle", cx=x0, cy=y0, r=3, class_="came"),
+            tag("line", x1=x1, x2=x1, y1=y(low), y2=y(high), class_="span"),
+        ]
+    for dot in dots:  # above all lines
+        kind = "dot" if dot.filled else "hollow"
+        parts.append(tag("circle", cx=x(dot.x[1]), cy=y(dot.y[1]), r=9, class_=kind))
+        parts.append(
+            tag("text", dot.label, x=x(dot.x[1]), y=y(dot.y[1]) + 4, text_anchor="middle",
+                class_=f"in-{kind}")
+        )  # fmt: skip
+    return tag("svg", Markup().join(parts), class_="curves scatter s1", width="100%",
+               height=height, aria_hidden="true")  # fmt: skip
+
+
+def _around(low: float, high: float) -> Scale:
+    """A scale with round ticks around values that need not include 0."""
+    reach = max(high - low, 0.02)
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 25, 50, 100, 1e3, 1e6)
+                if reach / s <= 6)  # fmt: skip
+    first, last = int(low // step), -int(-high // step)
+    last = max(last, first + 1)
+    return Scale(
+        first * step, last * step, tuple(round(i * step, 6) for i in range(first, last + 1))
+    )
+
+
 Boxes = Sequence[tuple[float, float, float, float]]
 """Top, left, bottom, right."""
 
@@ -212,32 +314,32 @@ def overlay(
     kept: Sequence[int],
     evidence: Sequence[int] | None,
     boxes: Boxes | None = None,
+    *,
+    halo: bool = True,
 ) -> Markup:
     """Darken the dropped tokens of an image and outline the evidence.
 
     In units of one token of the grid, or of a pixel where `boxes` are given.
+
+    Args:
+        grid_size: rows and columns of the tokens.
+        kept: tokens left.
+        evidence: tokens that show what is asked about; None if unknown.
+        boxes: where tokens lie, if not on one grid over the picture.
+        halo: a dark edge around the outline, for pictures of any colour.
     """
-    if boxes is not None:
-        return _overlay_boxes(boxes, kept, evidence)
     rows, columns = grid_size
-    dropped = set(range(rows * columns)) - set(kept)
-    return tag("path", class_="dropped", d=_squares(sorted(dropped), columns)) + (
-        tag("path", class_="evidence-halo", d=_outline(evidence, columns))
-        + tag("path", class_="evidence", d=_outline(evidence, columns))
-        if evidence
-        else Markup()
-    )
-
-
-def _overlay_boxes(boxes: Boxes, kept: Sequence[int], evidence: Sequence[int] | None) -> Markup:
-    # Tiles lie over the whole picture: what one of them dropped, another may have kept.
-    dropped = set(range(len(boxes))) - set(kept)
-    made = tag("path", class_="dropped", d=_rectangles(boxes, sorted(dropped)))
-    if not evidence:
-        return made
-    edge = _rectangles(boxes, evidence)
-    halo = tag("path", class_="evidence-halo", d=edge)
-    return made + halo + tag("path", class_="evidence", d=edge)
+    if boxes is None:
+        dropped = sorted(set(range(rows * columns)) - set(kept))
+        hidden, edge = _squares(dropped, columns), _outline(evidence, columns)
+    else:
+        # Tiles lie over the whole picture: what one of them dropped, another may have kept.
+        dropped = sorted(set(range(len(boxes))) - set(kept))
+        hidden, edge = _rectangles(boxes, dropped), _rectangles(boxes, evidence or ())
+    made = tag("path", class_="dropped", d=hidden)
+    if evidence and halo:
+        made += tag("path", class_="evidence-halo", d=edge)
+    return made + tag("path", class_="evidence", d=edge) if evidence else made
 
 
 def _rectangles(boxes: Boxes, tokens: Iterable[int]) -> str:
@@ -247,8 +349,18 @@ def _rectangles(boxes: Boxes, tokens: Iterable[int]) -> str:
     return "".join(parts)
 
 
-def _squares(tokens: Iterable[int], columns: int) -> str:
-    return "".join(f"M{i % columns} {i // columns}h1v1h-1z" for i in tokens)
+def _squares(tokens: Sequence[int], columns: int) -> str:
+    """Runs of a row as one rectangle: a report may hold two thousand of these."""
+    parts: list[str] = []
+    start = 0
+    for index, token in enumerate(tokens):
+        ends = index + 1 == len(tokens) or tokens[index + 1] != token + 1
+        if ends or (token + 1) % columns == 0:
+            first = tokens[start]
+            width = token - first + 1
+            parts.append(f"M{first % columns} {first // columns}h{width}v1h-{width}z")
+            start = index + 1
+    return "".join(parts)
 
 
 def _outline(tokens: Sequence[int] | None, columns: int) -> str:

@@ -343,3 +343,20 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (workplace.folder / "run").exists()
+
+
+def test_a_profile_says_where_the_time_went(workplace: Workplace) -> None:
+    workplace.edit("  - {type: caa, steps: 4}\n", "")
+    done = workplace.redteam("run", "scenario.yaml", "--out", "run", "--profile")
+    assert done.returncode == 4, done.stderr
+    assert "where the time went" in done.stderr
+    (session,) = json.loads((workplace.folder / "run" / "profile.json").read_text())["sessions"]
+    phases = session["phases"]
+    for name in ("vision tower", "LLM prefill", "token selection", "attack backward", "loading"):
+        assert phases[name]["seconds"] > 0, name
+        assert phases[name]["calls"] > 0, name
+    total = sum(one["seconds"] for one in phases.values())
+    assert total == pytest.approx(session["wall_seconds"], abs=0.05)
+    page = (workplace.folder / "run" / "report.html").read_text()
+    assert "Where the time went" in page
+    assert "attack backward" in page

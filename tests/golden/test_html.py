@@ -1,35 +1,23 @@
 """The report and the Markdown of a drawn run, and of a run in which every string is hostile."""
 
+import base64
+import hashlib
 import html.parser
 import re
+import shlex
 from pathlib import Path
 
+import hostile_page
 import pytest
-from report_data import cell, manifest, swap, tokens, trial
+from hostile_page import FORBIDDEN, HOSTILE
+from report_data import cell, manifest, trial
 from synthetic_run import build
 
 import reports
-from reports.findings import SHOWN
+from reports.findings import SHOWN, collect
 from reports.markdown import LIMIT
 from reports.reading import compression_known
-from reports.records import Answer, Answers, GateSpec
 from reports.store import RunStore
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</title></style><img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "' onmouseover='alert(1)",
-    "javascript:alert(1)",
-    "{{ 7 * 7 }}{% include 'x' %}",
-    "[click](https://evil.example) ![x](https://evil.example/x.png)",
-    "| a | b |\n|---|---|\n# heading\n- list\n> quote\n```",
-    "https://evil.example www.evil.example @everyone #1 $x^2$ ~~gone~~",
-    "safe\u202egnp.exe \u2066x\u2069 \u200b\u0000\u0007\u009b31m\ufeff",
-    "&lt;b&gt; &amp; &#60;",
-    "<!-- --> ]]> <?php",
-]
-FORBIDDEN = ["\u202e", "\u2066", "\u200b", "\u0000", "\u0007", "\u009b", "\ufeff"]
 
 
 class Page(html.parser.HTMLParser):
@@ -57,36 +45,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "hostile"
-    odd = cell(
-        "c1", target=HOSTILE[0], compression=HOSTILE[1], attack=HOSTILE[2], defense=HOSTILE[3],
-        knowledge=HOSTILE[5], norm=HOSTILE[0], spec={"attack": {HOSTILE[0]: HOSTILE[1]}},
-    )  # fmt: skip
-    samples = [f"{i} {text}" for i, text in enumerate(HOSTILE)] + ["e"]
-    planned = manifest(
-        cells=[odd],
-        gates=[GateSpec(name=HOSTILE[6], metric=HOSTILE[0], max=0.1, where={"attack": HOSTILE[1]})],
-        name=HOSTILE[7], description=HOSTILE[8], provenance={HOSTILE[0]: [HOSTILE[9]]},
-        scenario={"dataset": {HOSTILE[1]: HOSTILE[0]}},
-    ).model_copy(update={"samples": samples})  # fmt: skip
-    right, wrong = (Answer(text=" ".join(HOSTILE), correct=flag) for flag in (True, False))
-    answers = Answers(
-        clean_full=right, clean_compressed=right, attacked_full=right, attacked_compressed=wrong
-    )
-    with RunStore.create(folder, planned, "\n".join(HOSTILE)) as store:
-        store.append(
-            trial(
-                f"{i} {text}", question=text, truth=text, kind=text, image=text, answers=answers,
-                swap=swap().model_copy(update={"recovered_text": text}), tokens=tokens(),
-                checks=[text], clean_png="0" * 64, attacked_png="f" * 64,
-            )
-            for i, text in enumerate(HOSTILE)
-        )  # fmt: skip
-        failed = trial("e", "error").error
-        assert failed is not None
-        store.append([trial("e", "error", error=failed.model_copy(
-            update={"type": HOSTILE[0], "message": HOSTILE[1], "where": HOSTILE[2],
-                    "traceback": "\n".join(HOSTILE)}))])  # fmt: skip
+    folder = hostile_page.build(tmp_path_factory.mktemp("runs") / "hostile")
     reports.build_reports(folder)
     return folder
 
@@ -97,22 +56,34 @@ def page(request: pytest.FixtureRequest) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_nothing_is_loaded_and_nothing_runs(page: str) -> None:
-    for tag, attributes in Page(page).tags:
-        assert tag not in {"script", "iframe", "object", "embed", "link", "base", "form", "img"}
+def test_nothing_is_loaded_and_nothing_of_the_data_runs(page: str) -> None:
+    tags = Page(page).tags
+    for tag, attributes in tags:
+        assert tag not in {"iframe", "object", "embed", "link", "base", "form", "img"}
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             assert name != "style", "the content security policy allows none"
             if name in {"href", "src", "xlink:href", "action"}:
                 assert re.match(r"#|data:image/(png|webp);base64,", value or ""), (tag, value)
+    assert [attributes for tag, attributes in tags if tag == "script"] == [{}], "ours, inline"
 
 
-def test_the_policy_is_strict_and_matches_the_style(page: str) -> None:
+@pytest.mark.parametrize("part", ["style", "script"])
+def test_the_policy_names_the_only_style_and_script_by_their_hashes(page: str, part: str) -> None:
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
     assert policy
-    assert "default-src 'none'" in policy[1]
+    assert policy[1].startswith("default-src 'none'; ")
     assert "unsafe" not in policy[1]
-    assert "script-src" not in policy[1], "falls back to none"
+    (inline,) = re.findall(rf"<{part}>(.*?)</{part}>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+    assert f"{part}-src 'sha256-{digest}';" in policy[1]
+
+
+def test_the_script_is_the_one_in_the_repository(page: str) -> None:
+    ours = Path(reports.__file__).parent / "html" / "templates" / "report.js"
+    assert f"<script>{ours.read_text(encoding='utf-8')}</script>" in page
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(|fetch\(|http",
+                         ours.read_text(encoding="utf-8"))  # fmt: skip
 
 
 def test_no_hidden_character_survives(page: str) -> None:
@@ -180,11 +151,50 @@ def test_markdown_stays_under_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
     assert text.splitlines()[-3].endswith("|"), "no row is torn"
 
 
-def test_findings_are_capped_and_the_rest_is_listed(drawn: Path) -> None:
+def test_findings_are_whole_first_and_then_folded(drawn: Path) -> None:
     page = (drawn / "report.html").read_text(encoding="utf-8")
+    found = collect(RunStore.read(drawn))
     assert page.count('<article class="finding"') == SHOWN
-    assert "further finding" in page
     assert page.count("data:image/png;base64,") == 3 * SHOWN
+    assert found.total == SHOWN + len(found.listed) > SHOWN
+    assert page.count('<details class="finding brief"') == len(found.listed)
+    small = page.count('<image id="small-')
+    pictures = {name for one in found.listed for name in (one.clean_png, one.attacked_png)}
+    assert small == len(pictures) < 2 * len(found.listed), "a picture of two findings is there once"
+    assert "are not on this page" not in page
+
+
+def test_what_does_not_fit_is_said(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = collect(RunStore.read(drawn))
+    monkeypatch.setattr("reports.findings.LISTED", 5)
+    try:
+        page = reports.build_reports(drawn).report.read_text(encoding="utf-8")
+    finally:
+        monkeypatch.undo()
+        reports.build_reports(drawn)
+    assert page.count('class="finding brief"') == 5
+    assert (
+        f"The other {before.total - SHOWN - 5} are not on this page, which holds at most 29" in page
+    )
+
+
+def test_each_finding_says_how_to_see_it_again(drawn: Path) -> None:
+    page = (drawn / "report.html").read_text(encoding="utf-8")
+    found = collect(RunStore.read(drawn))
+    for one in (*found.shown, *found.listed):
+        for verb in ("show", "replay"):
+            assert f"redteam {verb} drawn --sample {one.sample} --cell {one.cell}<" in page
+
+
+def test_a_hostile_name_stays_one_word_of_the_command(hostile: Path) -> None:
+    page = (hostile / "report.html").read_text(encoding="utf-8")
+    commands = re.findall(r"<code>(redteam show .*?)</code>", page)
+    assert len(commands) == len(HOSTILE)
+    for command in commands:
+        words = shlex.split(html.unescape(command))
+        assert words[:3] == ["redteam", "show", "hostile"]
+        assert words[3] == "--sample"
+        assert words[5:] == ["--cell", "c1"]
 
 
 def test_a_run_without_failures_says_so(tmp_path: Path) -> None:

@@ -109,11 +109,13 @@ class Workplace:
         assert old in text
         self.scenario.write_text(text.replace(old, new))
 
-    def plugin(self, module: str, source: str, **points: str) -> None:
+    def plugin(
+        self, module: str, source: str, *, folder: Path | None = None, **points: str
+    ) -> None:
         """Install a module with entry points, as another distribution would."""
-        plugins = self.folder / "plugins"
+        plugins = self.folder / "plugins" if folder is None else folder
         info = plugins / f"{module}-1.0.dist-info"
-        info.mkdir(parents=True)
+        info.mkdir(parents=True, exist_ok=folder is not None)
         (plugins / f"{module}.py").write_text(source)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
         groups = "".join(f"[redteam.{group}]\n{point}\n" for group, point in points.items())

@@ -1,3 +1,4 @@
+import gc
 import json
 import subprocess
 import sys
@@ -213,3 +214,17 @@ def test_cells_keep_the_order_of_the_manifest() -> None:
     cells = [cell("z"), cell("a"), cell("m")]
     found = summarise(manifest(1, cells=cells), [trial("s0", cell="a"), trial("s0", cell="z")])
     assert [one["id"] for one in found["cells"]] == ["z", "a", "m"]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_is_left_as_it_was(collects: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ReportError):
+            summarise(manifest(1), [trial("unknown")])
+        assert gc.isenabled() is collects
+        summarise(manifest(1), [trial("s0")])
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if before else gc.disable)()

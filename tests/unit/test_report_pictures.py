@@ -79,7 +79,7 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
 
 def test_an_overlay_darkens_what_was_dropped_and_outlines_the_evidence() -> None:
     drawn = str(overlay((2, 3), kept=[0, 4], evidence=[4, 5]))
-    assert 'class="dropped" d="M1 0h1v1h-1zM2 0h1v1h-1zM0 1h1v1h-1zM2 1h1v1h-1z"' in drawn
+    assert 'class="dropped" d="M1 0h2v1h-2zM0 1h1v1h-1zM2 1h1v1h-1z"' in drawn
     # Tokens 4 and 5 touch: the line between them is not drawn.
     assert 'class="evidence" d="M1 1h1M1 2h1M1 1v1M2 1h1M2 2h1M3 1v1"' in drawn
     assert "evidence" not in str(overlay((2, 3), kept=[0], evidence=None))

@@ -94,6 +94,68 @@ def test_of_two_lines_of_one_sample_the_last_counts(folder: Path) -> None:
     assert ("c1", "s2") not in store.done(errors=False)
 
 
+def test_a_trial_is_read_again_from_its_place(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        store.append([trial("s0", "0000"), trial("s2", question="é \u2028")])
+    store = RunStore.read(folder)
+    located = list(store.located())
+    assert [one for _, one in located] == list(store.trials())
+    assert [place.number for place, _ in located] == [2, 3, 4]
+    for place, one in reversed(located):
+        assert store.trial_at(place) == one
+
+
+def test_a_place_that_was_changed_is_noticed(folder: Path) -> None:
+    store = RunStore.read(folder)
+    (place, _), *_ = store.located()
+    data = (folder / LEDGER).read_bytes()
+    (folder / LEDGER).write_bytes(data.replace(b'"s0"', b'"s9"', 1))
+    with pytest.raises(LedgerError, match="line 1 is damaged: its checksum does not match"):
+        store.trial_at(place)
+
+
+@pytest.mark.parametrize("name", ['say "s1"', "back\\slash", "tab\t", "é😀", "", '","sample":"s1'])
+def test_names_of_every_kind_are_told_apart(tmp_path: Path, name: str) -> None:
+    """Keys are read without parsing a line where they need no escape: then too they are right."""
+    one = cell(f"c {name}")
+    planned = manifest(cells=[one]).model_copy(update={"samples": [name, "s1"]})
+    with RunStore.create(tmp_path / "run", planned) as store:
+        store.append(
+            [trial(name, cell=one.id), trial("s1", cell=one.id), trial(name, "1111", one.id)]
+        )
+    store = RunStore.read(tmp_path / "run")
+    assert store.done() == {(one.id, name), (one.id, "s1")}
+    assert [found.sample for found in store.trials()] == ["s1", name]
+
+
+def test_an_error_is_told_from_an_answer_that_looks_like_none(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        failed = trial("s2", "error").error
+        assert failed is not None
+        odd = failed.model_copy(update={"traceback": '"error":null}'})
+        store.append([trial("s2", "error", error=odd)])
+    assert ("c1", "s2") not in RunStore.read(folder).done(errors=False)
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (b"[1, 2]", "it has no"),
+        (b'{"cell": "c1"}', "it has no 'sample'"),
+        (b"nothing", "it is no JSON"),
+        (b"\xff", "it is no JSON"),
+    ],
+)
+def test_a_line_of_something_else_is_said_to_be_damaged(
+    folder: Path, payload: bytes, why: str
+) -> None:
+    digest = hashlib.sha256(payload).hexdigest()[:16].encode()
+    with (folder / LEDGER).open("ab") as file:
+        file.write(b'{"sha256": "' + digest + b'", "trial": ' + payload + b"}\n")
+    with pytest.raises(LedgerError, match=f"line 3 is damaged: {why}"):
+        RunStore.read(folder).done()
+
+
 def test_images_are_stored_once_by_their_content(folder: Path) -> None:
     data = b"not really a PNG"
     with RunStore.open(folder, manifest()) as store:
