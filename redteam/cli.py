@@ -106,6 +106,10 @@ def run(
     seed: Seed = None,
     shard: ShardOf = None,
     inconclusive: OnInconclusive = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="Measure trials again that ended in an error."),
+    ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time went; a little slower.")
     ] = False,
@@ -134,7 +138,9 @@ def run(
         folder = out or runner.default_folder(checked, part)
         clocks = Profile() if profile else None
         with RunProgress(console) as progress, clocks or nullcontext():
-            finished = runner.run(checked, folder, progress, part, clocks)
+            finished = runner.run(
+                checked, folder, progress, part, clocks, retry_errors=retry_errors
+            )
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None

@@ -202,5 +202,5 @@ def _checksum(payload: bytes) -> bytes:
 
 
 def _line(trial: Trial) -> bytes:
-    payload = trial.model_dump_json().encode("utf-8", errors="replace")
+    payload = trial.as_json().encode()
     return _HEAD + _checksum(payload) + _MIDDLE + payload + _TAIL

@@ -88,7 +88,7 @@ class RunStore:
                 )
             write_atomically(ledger, b"")
             write_text(folder / SCENARIO, scenario)
-            write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            write_text(folder / MANIFEST, manifest.as_json(indent=2) + "\n")
             with explained("write", folder):
                 sync_folder(folder)
         except BaseException:

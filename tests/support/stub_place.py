@@ -42,7 +42,7 @@ from targets.preprocessing import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class StubTarget:
-    """Answers by a hash of the pixels.
+    """Answers by a hash of the pixels; two questions break it.
 
     Args:
         delay: seconds that a batch takes.
@@ -70,6 +70,10 @@ class Stub:
     def answer(self, images, questions, *, compressor=None, **options):
         del options
         time.sleep(self.delay)
+        if "memory" in questions:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if "raise" in questions:
+            raise ZeroDivisionError("this question breaks the model")
         levels = (images * 255).round().to(torch.uint8).numpy()
         salt = b"" if compressor is None else b"compressed"
         found = (hashlib.sha256(one.tobytes() + salt).digest()[0] for one in levels)
