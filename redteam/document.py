@@ -166,7 +166,7 @@ def _refuse(text: str, name: str) -> None:
 
 
 def _whole(text: str) -> bool:
-    """Whether a text can be written down; ``"\\ud800"`` escapes half a character."""
+    """Whether a text can be written down: a lone surrogate is half a character."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

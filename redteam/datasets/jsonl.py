@@ -150,7 +150,7 @@ class JsonTable:
 
 
 def _whole(data: object) -> bool:
-    """Whether all texts can be written down again; ``"\\ud800"`` is half a character."""
+    """Whether all texts can be written down again: a lone surrogate is half a character."""
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError:
