@@ -64,6 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scenario", type=Path, default=SCENARIO)
     parser.add_argument("--runs", type=Path, default=Path("runs/defenses"))
+    parser.add_argument(
+        "--transferred",
+        type=Path,
+        default=Path("runs/transferred"),
+        help="folders of runs with many defences and attacks that do not know them",
+    )
     parser.add_argument("--page", type=Path, default=Path("docs/results/defenses.md"))
     parser.add_argument("--only", nargs="*", help=f"parts to run: {', '.join(PARTS)}")
     parser.add_argument("--only-page", action="store_true", help="do not run; use the folders")
@@ -76,7 +82,10 @@ def main() -> None:
     if not folders:
         raise SystemExit(f"no part of {arguments.scenario} has run in {arguments.runs}")
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    arguments.page.write_text(page(folders, absent(arguments.scenario, folders)), encoding="utf-8")
+    text = page(folders, absent(arguments.scenario, folders))
+    others = sorted(one.parent for one in arguments.transferred.glob("*/manifest.json"))
+    text += transferred(others) if others else ""
+    arguments.page.write_text(text, encoding="utf-8")
     print(f"written: {arguments.page}")
 
 
@@ -363,6 +372,75 @@ seed {first["seed"]}; device {identity.get("device", "unknown")};
 
 {said}
 """
+
+
+def transferred(folders: Sequence[Path]) -> str:
+    """Every defence against images that were made without it: an upper bound of what it saves."""
+    found: dict[tuple[str, str], dict[str, Cell]] = {}
+    for folder in folders:
+        for cell in cells_of(folder):
+            here = found.setdefault((cell.compression, bare(cell.defense)), {})
+            if not cell.adaptive and len(cell.rows) > len(here.get(cell.attack, _NOTHING).rows):
+                here[cell.attack] = cell
+    attacks = list(dict.fromkeys(name for here in found.values() for name in here if name != NOISE))
+    text = ["", "# All defences, against images made without them", "", _where(folders), ""]
+    for compression in dict.fromkeys(name[0] for name in found):
+        text += [f"## {compression}", ""]
+        titles = ["defence", "clean full", "clean compressed"]
+        titles += [f"CSFR {name} (n)" for name in attacks] + ["worst case", "time"]
+        text += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+        control = found[compression, "none"]
+        for (where, defense), here in found.items():
+            if where == compression and here:
+                text.append("| " + " | ".join(_transferred(defense, here, control, attacks)) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+_NOTHING: Final = Cell("", "", "", adaptive=False)
+
+
+def _transferred(
+    defense: str, here: Mapping[str, Cell], control: Mapping[str, Cell], attacks: Sequence[str]
+) -> list[str]:
+    fullest = max(here.values(), key=lambda cell: len(cell.rows))
+    base = control[fullest.attack]
+
+    def clean(path: str) -> str:
+        change = accuracy(fullest, path) - accuracy(base, path)
+        return f"{accuracy(fullest, path):.1f}" + (f" ({change:+.1f})" if defense != "none" else "")
+
+    def csfr(name: str) -> str:
+        cell = here.get(name)
+        return "–" if cell is None else f"{of_attack(here, name, 'csfr')} ({len(cell.rows)})"
+
+    return [
+        defense,
+        clean("full_clean"),
+        clean("compressed_clean"),
+        *(csfr(name) for name in attacks),
+        rate(*worst(here.values())),
+        "× 1.00" if defense == "none" else time_cost(Line(here, control)),
+    ]
+
+
+def _where(folders: Sequence[Path]) -> str:
+    """What was run on which device."""
+    said = []
+    for folder in folders:
+        manifest = _json(folder, "manifest")
+        hardware = manifest["provenance"].get("hardware", {})
+        device = hardware.get("gpu", hardware.get("device", "unknown"))
+        names = dict.fromkeys(one["name"] for one in manifest["scenario"]["attacks"])
+        measured = {cell.attack for cell in cells_of(folder) if cell.rows}
+        said.append(f"{', '.join(name for name in names if name in measured)} on {device}")
+    return (
+        "One image of an attack that knows no defence serves all of them, so these figures say "
+        "what a defence saves **until somebody attacks it**: upper bounds, all of them. Of each "
+        f"attack the run with the most samples counts ({'; '.join(said)}); worst case over the "
+        "samples that all of a row's attacks have. Time is of machines that did other work too. A "
+        "defence that costs clean accuracy has a smaller denominator: read CSFR beside it."
+    )
 
 
 def _settings(manifests: Sequence[Mapping[str, Any]]) -> str:

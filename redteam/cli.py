@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from redteam import cli_verdict
+from redteam import cli_runs, cli_verdict
+from redteam.cli_runs import AsJson, RunFolder, quieten
 from redteam.cli_verdict import BaselineFolder, OnInconclusive
 from redteam.errors import InterruptedRun, RedteamError
 from reports.errors import LedgerError, ReportError
@@ -44,8 +44,6 @@ class Listing(StrEnum):
     METRICS = "metrics"
 
 
-cli_verdict.register(app)
-
 ScenarioName = Annotated[
     str, typer.Argument(metavar="SCENARIO", help="A YAML file, or a packaged one: quickstart …")
 ]
@@ -60,7 +58,6 @@ Overrides = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed instead of the scenario's.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 ShardOf = Annotated[
     str | None,
     typer.Option(
@@ -70,7 +67,6 @@ ShardOf = Annotated[
         show_default=False,
     ),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
 def _version(wanted: bool) -> None:
@@ -123,7 +119,7 @@ def run(
     from redteam.output import stderr
 
     checked = _load(scenario, overrides, device=device, limit=limit, seed=seed)
-    _quieten()
+    quieten()
     folder = out
     try:
         console = stderr()
@@ -206,7 +202,7 @@ def measure(
         numbers_of("--retention", retention or "", 0.0, 1.0),
         numbers_of("--layers", layers, -1, 1e4),
     )
-    _quieten()
+    quieten()
     with stderr().status("loading …") as status:
         from redteam.measuring import Wanted, folder_of
         from redteam.measuring import measure as run_measure
@@ -348,7 +344,7 @@ def doctor(
     from redteam.doctor import examine
     from redteam.output import show_findings
 
-    _quieten()
+    quieten()
     if scenario is None:
         raise typer.Exit(show_findings(examine()))
     checked = _load(scenario, overrides, device=device)
@@ -371,16 +367,14 @@ def init(
     write_template(path, template, force=force)
 
 
+cli_verdict.register(app)
+cli_runs.register(app)
+
+
 def _warn(cautions: tuple[str, ...]) -> None:
     """Say on standard error what is allowed but will come to nothing."""
     for caution in cautions:
         typer.echo(f"! {caution}", err=True)
-
-
-def _quieten() -> None:
-    """Keep transformers from talking over us; whoever wants to hear it sets these."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _load(

@@ -160,7 +160,16 @@ def show_report(
                 "headline": built.headline,
                 "why": built.why,
                 "notes": [*notes, *built.notes],
-                "files": [str(path) for path in (built.report, built.markdown, built.summary)],
+                "files": [
+                    str(path)
+                    for path in (
+                        built.report,
+                        built.markdown,
+                        built.summary,
+                        built.junit,
+                        built.sarif,
+                    )
+                ],
                 "summary": json.loads(built.summary.read_text(encoding="utf-8")),
             }
         )
@@ -179,6 +188,8 @@ def show_report(
         ("report", built.report),
         ("summary", built.markdown),
         ("data", built.summary),
+        ("junit", built.junit),
+        ("sarif", built.sarif),
     ):
         console.print(Text(f"{label:8} {path}"), soft_wrap=True)
     console.print(Text(f"next     {_next(folder, built, interrupted)}"), soft_wrap=True)

@@ -26,6 +26,8 @@ class Built:
         summary: path of summary.json.
         markdown: path of summary.md.
         report: path of report.html.
+        junit: path of junit.xml.
+        sarif: path of results.sarif.
         verdict: of the run.
         exit_code: what the shell gets.
         headline: the verdict in a few words.
@@ -41,6 +43,8 @@ class Built:
     summary: Path
     markdown: Path
     report: Path
+    junit: Path
+    sarif: Path
     verdict: Verdict
     exit_code: ExitCode
     headline: str
@@ -54,7 +58,9 @@ class Built:
 
 
 def build_reports(folder: Path, baseline: Path | None = None) -> Built:
-    """Make summary.json, summary.md and report.html of a run folder from its manifest and ledger.
+    """Make the reports of a run folder from its manifest and ledger.
+
+    They are summary.json, summary.md, report.html, junit.xml and results.sarif.
 
     Works on a finished, an interrupted and a running run, and again at any time later.
 
@@ -70,9 +76,11 @@ def build_reports(folder: Path, baseline: Path | None = None) -> Built:
     from reports.baseline import Baselines
     from reports.findings import Gathered
     from reports.html import render
+    from reports.junit import render_junit
     from reports.markdown import render_markdown
     from reports.metrics import summarise
-    from reports.store import MARKDOWN, REPORT, RunStore
+    from reports.sarif import render_sarif
+    from reports.store import JUNIT, MARKDOWN, REPORT, SARIF, RunStore
     from reports.terminal import notes, table
     from reports.verdict import ExitCode, Verdict
 
@@ -86,6 +94,8 @@ def build_reports(folder: Path, baseline: Path | None = None) -> Built:
         summary=store.write_summary(summary),
         markdown=store.write(MARKDOWN, render_markdown(store.manifest, summary, found)),
         report=store.write(REPORT, render(store, summary, found)),
+        junit=store.write(JUNIT, render_junit(store.manifest, summary)),
+        sarif=store.write(SARIF, render_sarif(store.manifest, summary, store.scenario_text())),
         verdict=Verdict(summary["verdict"]),
         exit_code=ExitCode(summary["exit_code"]),
         headline=summary["headline"],

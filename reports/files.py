@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from reports.errors import RunLockedError, StoreError
 
@@ -40,7 +41,8 @@ def explained(action: str, path: Path) -> Iterator[None]:
         raise StoreError(f"cannot {action} {path}: {advice}") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: temporary name beside it, fsync, rename.
 
     Raises:
@@ -52,7 +54,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o644)  # mkstemp makes private files; a report is there to be shared
@@ -74,6 +76,16 @@ def sweep(folder: Path) -> None:
         for path in folder.rglob(".*"):
             if _TEMPORARY.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write bytes whole or not at all, see `replacing`.
+
+    Raises:
+        StoreError: if it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(data)
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from reports.errors import LedgerError
 from reports.files import explained
@@ -109,6 +110,21 @@ class Ledger:
             file.seek(place.offset)
             line = file.read(place.length)
         return self._parse(place.number, self._verified(place.number, line))
+
+    def of_sample(self, sample: str) -> Iterator[Trial]:
+        """The trials of one sample, as `trials` has them; only its lines are parsed.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        mark = b'"sample":' + to_json(sample)
+        found: dict[str, Trial] = {}
+        for place, payload in self._lines():
+            if mark in payload:
+                trial = self._parse(place.number, payload)
+                if trial.sample == sample:  # an answer may quote the mark
+                    found[trial.cell] = trial
+        yield from found.values()
 
     def keys(self, *, errors: bool = True) -> set[Key]:
         """(cell, sample) of what is recorded; `errors=False` leaves out those that ended in one."""

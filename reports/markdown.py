@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports import availability, defended, detection, transfer
+from reports import availability, defended, detection, taxonomy, transfer
 from reports.findings import Findings
 from reports.marks import MEANING, bare, failed, rule_text
 from reports.reading import DIAGNOSIS, HOW_TO_READ, statements
@@ -56,6 +56,7 @@ def render_markdown(manifest: Manifest, summary: Mapping[str, Any], found: Findi
         _findings(found),
         _bullets("Before you trust it", [escape(one, 2_000) for one in notes(summary)]),
         _bullets("How to read it", HOW_TO_READ),
+        _taxonomy(manifest),
         "Pictures, intervals of every metric and provenance are in `report.html` beside this file.",
     ]
     return _fit([section for section in sections if section])
@@ -183,6 +184,17 @@ def _finding(trial: Trial) -> tuple[str, ...]:
         DIAGNOSIS[swap.diagnosis.value if swap else "undiagnosed"][0],
         interval(jaccard, 2),
     )
+
+
+def _taxonomy(manifest: Manifest) -> str:
+    """Entries of public taxonomies, for whoever files this run under one."""
+    rows = [
+        (escape(entry.scheme), escape(entry.id), escape(entry.title), escape(entry.relation))
+        for entry in taxonomy.entries(manifest.cells)
+    ]
+    body = _table(("taxonomy", "entry", "title", "relation"), rows)
+    note = f"{taxonomy.NOTE} Table version {taxonomy.VERSION}."
+    return f"### In public taxonomies\n\n{body}\n\n{escape(note, 2_000)}"
 
 
 def _bullets(title: str, lines: Sequence[str]) -> str:

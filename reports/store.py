@@ -7,7 +7,8 @@
   are not tested, and what they learnt; in runs with detectors.
 - ``images/ab/ab….png``: images by the SHA-256 of their bytes.
 - ``profile.json``: where the time went, of sessions run with ``--profile``.
-- ``summary.json``, ``summary.md``, ``report.html``: made from these by `reports.build_reports`.
+- ``summary.json``, ``summary.md``, ``report.html``, ``junit.xml``, ``results.sarif``: made from
+  these by `reports.build_reports`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ MANIFEST, SCENARIO, LEDGER, IMAGES = "manifest.json", "scenario.yaml", "ledger.j
 CALIBRATION, STATES = "calibration.json", "calibration"
 PROFILE = "profile.json"
 SUMMARY, MARKDOWN, REPORT = "summary.json", "summary.md", "report.html"
+JUNIT, SARIF = "junit.xml", "results.sarif"
 _LOCK = ".lock"
 _MISSING = "(absent)"
 
@@ -172,6 +174,16 @@ class RunStore:
             LedgerError: at a damaged line.
         """
         return self._ledger.trials()
+
+    def trials_of(self, sample: str) -> list[Trial]:
+        """The trials of one sample, one for each cell that has it, in the order of the manifest.
+
+        Raises:
+            LedgerError: at a damaged line.
+        """
+        order = {cell.id: index for index, cell in enumerate(self.manifest.cells)}
+        found = list(self._ledger.of_sample(sample))
+        return sorted(found, key=lambda trial: order.get(trial.cell, len(order)))
 
     def located(self) -> Iterator[tuple[Place, Trial]]:
         """As `trials`, each with its place in the ledger.

@@ -1,23 +1,50 @@
 """Where what redteam measures stands in public taxonomies.
 
 The mapping is ours: the bodies named neither made nor endorsed it. Identifiers move between
-editions, so each entry names the edition it was read from and `VERSION` counts our changes.
+editions, so ``taxonomy.json``, the one place that holds them, names the edition each was read from
+and counts its own changes in ``version``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
 from reports.records import Cell
 
-VERSION = 1
-"""Of this table; counted up whenever an entry changes."""
-
-NOTE = (
-    "This mapping is ours; the bodies named neither made nor endorsed it. A report is evidence "
-    "that can be used in an assessment. It shows no conformity with any of these texts."
+_DATA: Final[dict[str, Any]] = json.loads(
+    Path(__file__).with_name("taxonomy.json").read_text(encoding="utf-8")
 )
+
+VERSION: Final[int] = _DATA["version"]
+"""Of the table; counted up whenever an entry changes."""
+
+NOTE: Final[str] = _DATA["note"]
+"""What the mapping is worth; stands beside it wherever it is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A taxonomy.
+
+    Attributes:
+        key: short name in ``taxonomy.json``.
+        name: without its edition.
+        edition: that the entries were read from.
+        title: name and edition in one.
+        organization: whose it is.
+        url: where it is published.
+    """
+
+    key: str
+    name: str
+    edition: str
+    title: str
+    organization: str
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,67 +56,34 @@ class Entry:
         id: identifier in it.
         title: its name there.
         relation: how this run relates to it.
+        key: of the `Scheme`.
     """
 
     scheme: str
     id: str
     title: str
     relation: str
+    key: str = ""
 
 
-_ATLAS = "MITRE ATLAS (2025)"
-_NIST = "NIST AI 100-2 E2025"
-
-_ALWAYS = (
-    Entry(_ATLAS, "AML.T0043", "Craft Adversarial Data", "what the attacks do"),
-    Entry(_ATLAS, "AML.T0015", "Evade AI Model", "what a finding shows"),
-    Entry(_ATLAS, "AML.T0031", "Erode AI Model Integrity", "what follows in a deployment"),
-    Entry(_NIST, "NISTAML.022", "Evasion", "class of the attacks"),
-    Entry(
-        "CWE 4.x",
-        "CWE-1039",
-        "Inadequate Detection or Handling of Adversarial Input Perturbations in Automated "
-        "Recognition Mechanism",
-        "weakness that a finding is an instance of",
-    ),
-    Entry(
-        "OWASP Top 10 for LLM Applications (2025)",
-        "LLM01",
-        "Prompt Injection",
-        "related only: its multimodal form also enters through an image, but these attacks "
-        "carry no instructions",
-    ),
-    Entry(
-        "EU AI Act, Regulation (EU) 2024/1689",
-        "Article 15",
-        "Accuracy, robustness and cybersecurity",
-        "evidence for testing of robustness against inputs designed to cause mistakes",
-    ),
-)
-
-_BY_KNOWLEDGE = {
-    "white_box": Entry(
-        _ATLAS, "AML.T0043.000", "White-Box Optimization", "knowledge of the attacker"
-    ),
-    "compressed": Entry(
-        _ATLAS, "AML.T0043.000", "White-Box Optimization", "knowledge of the attacker"
-    ),
-    "encoder": Entry(
-        _ATLAS, "AML.T0043.000", "White-Box Optimization", "knowledge of the attacker"
-    ),
-    "query": Entry(_ATLAS, "AML.T0043.001", "Black-Box Optimization", "knowledge of the attacker"),
-    "scores": Entry(_ATLAS, "AML.T0043.001", "Black-Box Optimization", "knowledge of the attacker"),
-    "surrogate": Entry(_ATLAS, "AML.T0043.002", "Black-Box Transfer", "knowledge of the attacker"),
-}
-_BLACK_BOX = Entry(_NIST, "NISTAML.025", "Black-box Evasion", "class of the black-box attacks")
+SCHEMES: Final = {key: Scheme(key=key, **fields) for key, fields in _DATA["schemes"].items()}
+"""The taxonomies by key, in the order in which they are shown."""
 
 
 def entries(cells: Iterable[Cell]) -> list[Entry]:
-    """Entries that apply to a run, by the knowledge its attacks use."""
-    knowledge = {cell.knowledge for cell in cells}
-    found = [*_ALWAYS, *(_BY_KNOWLEDGE[name] for name in sorted(knowledge & _BY_KNOWLEDGE.keys()))]
-    if knowledge & {"query", "scores", "surrogate"}:
-        found.append(_BLACK_BOX)
-    unique = list(dict.fromkeys(found))
-    schemes = list(dict.fromkeys(entry.scheme for entry in unique))
-    return sorted(unique, key=lambda entry: (schemes.index(entry.scheme), entry.id))
+    """Entries that apply to a run, by the knowledge and the type of its attacks."""
+    every = list(cells)
+    knowledge = {cell.knowledge for cell in every}
+    attacks = {str((cell.spec.get("attack") or {}).get("type")) for cell in every}
+    found = [
+        Entry(SCHEMES[one["scheme"]].title, one["id"], one["title"], one["relation"], one["scheme"])
+        for one in _DATA["entries"]
+        if _meets(one, "knowledge", knowledge) and _meets(one, "attacks", attacks)
+    ]
+    order = list(SCHEMES)
+    return sorted(found, key=lambda entry: (order.index(entry.key), entry.id))
+
+
+def _meets(entry: dict[str, Any], key: str, found: set[str]) -> bool:
+    """Whether a condition holds; an entry without it applies always."""
+    return key not in entry or not found.isdisjoint(entry[key])

@@ -46,6 +46,8 @@ def test_everything_is_there(finished: Workplace) -> None:
         "summary.json",
         "summary.md",
         "report.html",
+        "junit.xml",
+        "results.sarif",
     }
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == expected
     out = json.loads((finished.folder / "out.json").read_text())

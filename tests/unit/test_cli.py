@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import synthetic_run
+from command import imported
 
 from reports import build_reports
 
@@ -33,20 +34,6 @@ def redteam(
     return done
 
 
-def imported(tmp_path: Path, *arguments: str, code: int = 0) -> set[str]:
-    """Modules a command imports."""
-    watch = (
-        "import sys, json, atexit\n"
-        f"atexit.register(lambda: open({str(tmp_path / 'modules')!r}, 'w')"
-        ".write(json.dumps(list(sys.modules))))\n"
-        f"sys.argv = ['redteam', *{arguments!r}]\n"
-        "from redteam.cli import main\nmain()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return set(json.loads((tmp_path / "modules").read_text()))
-
-
 def test_help_is_fast_and_light(tmp_path: Path) -> None:
     modules = imported(tmp_path, "--help")
     assert not modules & set(HEAVY)
@@ -67,6 +54,10 @@ def test_help_is_fast_and_light(tmp_path: Path) -> None:
         "power",
         "doctor",
         "init",
+        "runs",
+        "show",
+        "replay",
+        "export",
     ):
         assert f"\n  {command} " in out
     assert min(times) < 0.8, f"0.25 s on an idle machine, here {times}"

@@ -433,3 +433,11 @@ def test_a_line_with_a_right_checksum_may_hold_nonsense(
         file.write(b'{"sha256": "' + digest + b'", "trial": ' + payload + b"}\n")
     with pytest.raises(LedgerError, match=f"line 3 is damaged: {why}"):
         RunStore.read(folder).done()
+
+
+def test_half_a_surrogate_pair_is_recorded_as_a_question_mark(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        store.append([trial("s2", question="what is \ud800 this?", truth="yes")])
+    last = [one for one in RunStore.read(folder).trials() if one.sample == "s2"]
+    assert last[0].question == "what is ? this?"
+    assert last[0].truth == "yes"
