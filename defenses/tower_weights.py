@@ -312,7 +312,7 @@ def _fetched(weights: str, revision: str | None, file: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(  # nosec B615
+        found = snapshot_download(
             weights,
             revision=revision,
             allow_patterns=["*.json", file or "*.safetensors"],

@@ -102,6 +102,10 @@ def run(
     seed: Seed = None,
     shard: ShardOf = None,
     inconclusive: OnInconclusive = None,
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="Measure trials again that ended in an error."),
+    ] = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Make every attacked image, also known ones.")
     ] = False,
@@ -135,7 +139,9 @@ def run(
         clocks = Profile() if profile else None
         cache = None if no_cache else ImageCache.of_environment()
         with RunProgress(console) as progress, clocks or nullcontext():
-            finished = runner.run(checked, folder, progress, part, clocks, cache)
+            finished = runner.run(
+                checked, folder, progress, part, clocks, cache, retry_errors=retry_errors
+            )
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
         raise InterruptedRun(f"stopped{again}") from None

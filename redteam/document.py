@@ -154,6 +154,8 @@ def _refuse(text: str, name: str) -> None:
             raise _wrong(
                 place, f"tags ({tag}) are not supported", "write a plain value without the tag"
             )
+        if isinstance(event, yaml.ScalarEvent) and not _whole(event.value):
+            raise _wrong(place, "holds half a character (a lone surrogate)", "write it whole")
         nodes += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -161,6 +163,11 @@ def _refuse(text: str, name: str) -> None:
             raise _wrong(
                 place, f"is nested deeper than {MAX_DEPTH} or holds more than {MAX_NODES:,} values"
             )
+
+
+def _whole(text: str) -> bool:
+    """Whether a text can be written down: a lone surrogate is half a character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +259,7 @@ def _step(node: Any, part: str, location: Location, shown: str) -> Any:  # noqa:
         return part
     if not isinstance(node, list):
         raise _wrong(shown, f"{key_path(location) or 'the scenario'} holds no {part!r}")
-    if part.isdigit() and int(part) < len(node):
+    if re.fullmatch("[0-9]{1,9}", part) and int(part) < len(node):
         return int(part)
     for label in ("name", "type"):
         found = [

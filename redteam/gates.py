@@ -83,7 +83,7 @@ def resolve_gates(
                     allow_unverified=gate.allow_unverified,
                     family=gate.family or "",
                     baseline=gate.baseline or "",
-                    baseline_folder=_absolute(gate.baseline, folder),
+                    baseline_folder=_absolute(gate.baseline, folder, location, findings),
                     max_increase=gate.max_increase,
                     max_decrease=gate.max_decrease,
                     line=findings.document.line(location),
@@ -92,8 +92,17 @@ def resolve_gates(
     return found
 
 
-def _absolute(baseline: str | None, folder: Path) -> str:
-    return str((folder / Path(baseline).expanduser()).resolve()) if baseline else ""
+def _absolute(baseline: str | None, folder: Path, location: Location, findings: Findings) -> str:
+    if not baseline:
+        return ""
+    try:
+        found = (folder / Path(baseline).expanduser()).resolve()
+        found.exists()  # it need not, but asking tells a name that no file can have
+    except (OSError, RuntimeError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        findings.add((*location, "baseline"), f"{baseline[:60]!r} is no path: {why}")
+        return ""
+    return str(found)
 
 
 def _name(gate: Gate, where: Mapping[str, Any], *, several: bool) -> str:
@@ -165,7 +174,7 @@ def _choices(
     known = {method.label: method.type for method in methods[_LISTS[key]]}
     if key == "defense" and not known:
         known = {_NO_DEFENSE: _NO_DEFENSE}
-    if value in known:
+    if isinstance(value, str) and value in known:
         return [value]
     by_type = [label for label, kind in known.items() if kind == value]
     if not by_type:

@@ -85,6 +85,8 @@ def run(
     shard: Shard | None = None,
     profile: Profile | None = None,
     cache: ImageCache | None = None,
+    *,
+    retry_errors: bool = False,
 ) -> Finished:
     """Run a scenario into a folder; continue if the folder holds this run already.
 
@@ -97,6 +99,7 @@ def run(
         shard: the part to run; None for all of it.
         profile: an active one, to be told what is loading; it is written into the folder.
         cache: of attacked images of earlier runs, for the local engine; None makes all of them.
+        retry_errors: measure trials again that ended in an error; else they stay as they are.
 
     Raises:
         RedteamError: if the scenario cannot be run.
@@ -110,11 +113,14 @@ def run(
     resumed = (folder / MANIFEST).exists()
     if resumed:
         samples = without(samples, recorded(RunStore.read(folder).manifest.provenance))
-        units = _resumable(folder, make_manifest(plan, samples, {}), plan, len(samples), shard)
+        manifest = make_manifest(plan, samples, {})
+        units = _resumable(folder, manifest, plan, len(samples), shard, retry_errors)
         if not units:
             return _finished(folder, False, cautions(scenario), shard)
     with _engine(plan, samples, watcher.say, calibration, cache) as engine:
-        return _carry_out(plan, samples, engine, folder, watcher, shard, profile, calibration)
+        return _carry_out(
+            plan, samples, engine, folder, watcher, shard, profile, calibration, retry_errors
+        )
 
 
 def _carry_out(
@@ -126,6 +132,7 @@ def _carry_out(
     shard: Shard | None,
     profile: Profile | None,
     calibration: Samples | None,
+    retry_errors: bool,
 ) -> Finished:
     """Prepare an engine, run what is missing, report."""
     scenario, resumed = plan.scenario, (folder / MANIFEST).exists()
@@ -139,7 +146,7 @@ def _carry_out(
         samples = _screened(scenario, samples, engine, made_with)
     manifest = make_manifest(plan, samples, made_with)
     with RunStore.create_or_open(folder, manifest, scenario.text) as store:
-        interrupted = _execute(plan, samples, engine, store, watcher, shard)
+        interrupted = _execute(plan, samples, engine, store, watcher, shard, retry_errors)
         if profile is not None:
             store.save_profile(profile.as_json())
     return _finished(folder, interrupted, cautions(scenario), shard)
@@ -219,10 +226,14 @@ def make_manifest(plan: Plan, samples: Samples, made_with: dict[str, Any]) -> Ma
 
 
 def pending(
-    plan: Plan, ids: tuple[str, ...], store: RunStore, shard: Shard | None = None
+    plan: Plan,
+    ids: tuple[str, ...],
+    store: RunStore,
+    shard: Shard | None = None,
+    retry_errors: bool = False,
 ) -> list[WorkUnit]:
-    """Units with a trial that is missing or ended in an error, of a part or of the whole run."""
-    done = store.done(errors=False)
+    """Units with a trial that is missing (or failed, to be retried), of a part or the whole run."""
+    done = store.done(errors=not retry_errors)
     units = list(plan.units(len(ids)))
     return [
         unit
@@ -236,14 +247,19 @@ def pending(
 
 
 def _resumable(
-    folder: Path, manifest: Manifest, plan: Plan, count: int, shard: Shard | None
+    folder: Path,
+    manifest: Manifest,
+    plan: Plan,
+    count: int,
+    shard: Shard | None,
+    retry_errors: bool,
 ) -> list[WorkUnit]:
     """What is left of a run, refused before any model is loaded if it is another run."""
     store = RunStore.read(folder)
     changed = differences(store.manifest, manifest.model_copy(update={"provenance": {}}))
     if changed:
         raise ResumeMismatch(folder, changed)
-    return pending(plan, tuple(manifest.samples[:count]), store, shard)
+    return pending(plan, tuple(manifest.samples[:count]), store, shard, retry_errors)
 
 
 def _execute(
@@ -253,10 +269,11 @@ def _execute(
     store: RunStore,
     watcher: Watcher,
     shard: Shard | None = None,
+    retry_errors: bool = False,
 ) -> bool:
     """Run what is missing; True if the user stopped it."""
-    units = pending(plan, samples.ids, store, shard)
-    done = store.done(errors=False)
+    units = pending(plan, samples.ids, store, shard, retry_errors)
+    done = store.done(errors=not retry_errors)
     watcher.prepared(store.folder, units, len(done))
     with _stoppable(watcher.say) as stop:
         for one in engine.results(units, store, stop):
@@ -264,7 +281,7 @@ def _execute(
             # nothing else; only what is missing is appended.
             store.append(trial for trial in one.trials if (trial.cell, trial.sample) not in done)
             watcher.finished(one.unit, one.trials)
-    return stop() and bool(pending(plan, samples.ids, store, shard))
+    return stop() and bool(pending(plan, samples.ids, store, shard, retry_errors))
 
 
 @contextmanager

@@ -233,9 +233,13 @@ def find_scenario(name: str) -> Path:
     Raises:
         ScenarioError: if there is neither, listing ours.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError) as error:  # too long a name, no such user
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ScenarioError([Problem(name[:60], "", f"is no path: {why}")]) from error
     known = packaged()
     stem = name.removeprefix("scenarios/").removesuffix(".yaml")
     if stem in known:

@@ -373,7 +373,12 @@ def check_paths(found: Raw, folder: Path, findings: Findings) -> None:
         value = str(found.options[option])
         if found.options[option] is None:
             continue
-        if (folder / Path(value).expanduser()).exists():
+        try:
+            if (folder / Path(value).expanduser()).exists():
+                continue
+        except (OSError, RuntimeError) as error:  # too long a name, no such user
+            why = error.strerror if isinstance(error, OSError) else error
+            findings.add((*found.location, option), f"{value[:60]!r} is no path: {why}")
             continue
         looks_local = value.startswith((".", "/", "~")) or found.kind == "datasets"
         if looks_local:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ _ADVICE = {
     errno.ENOTDIR: "part of the path is a file; choose another --out folder",
     errno.EEXIST: "it exists and is not a folder; choose another --out folder",
 }
+
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""Names that `write_atomically` gives to files it has not finished."""
 
 
 @contextmanager
@@ -57,6 +62,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left of files that were not finished yet.
+
+    Only for folders in which nobody else writes.
+
+    Raises:
+        StoreError: if the folder cannot be written.
+    """
+    with explained("tidy up", folder):
+        for path in folder.rglob(".*"):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

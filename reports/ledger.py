@@ -13,11 +13,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import to_json
 
 from reports.errors import LedgerError
 from reports.files import explained
@@ -50,6 +51,8 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._torn: int | None = None
+        """Where half a unit begins that could not be taken back."""
 
     def append(self, trials: Iterable[Trial]) -> None:
         """Append trials as one unit; on return they are on the disk.
@@ -60,14 +63,20 @@ class Ledger:
         data = b"".join(_line(trial) for trial in trials)
         if not data:
             return
-        with explained("append to", self.path), self.path.open("ab") as file:
+        # Unbuffered: closing a buffered file writes what a full disk has left in the buffer, behind
+        # the end to which the ledger was cut back.
+        with explained("append to", self.path), self.path.open("ab", buffering=0) as file:
+            if self._torn is not None:
+                file.truncate(self._torn)
+                self._torn = None
             size = file.seek(0, os.SEEK_END)
             try:
-                file.write(data)
-                file.flush()
+                _write_all(file, data)
                 os.fsync(file.fileno())
-            except OSError:
-                os.truncate(self.path, size)
+            except BaseException:
+                self._torn = size
+                file.truncate(size)
+                self._torn = None
                 raise
 
     def trials(self) -> Iterator[Trial]:
@@ -163,11 +172,14 @@ class Ledger:
             if found := _KEY.match(payload):
                 return found[1].decode(), found[2].decode()
             record = json.loads(payload)
-            return record["cell"], record["sample"]
+            cell, sample = record["cell"], record["sample"]
         except (KeyError, TypeError) as error:
             raise LedgerError(self._damaged(number, f"it has no {error}")) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LedgerError(self._damaged(number, f"it is no JSON: {error}")) from error
+        if not (isinstance(cell, str) and isinstance(sample, str)):
+            raise LedgerError(self._damaged(number, "its cell or sample is no text"))
+        return cell, sample
 
     def _verified(self, number: int, line: bytes) -> bytes:
         start = len(_HEAD) + _DIGITS + len(_MIDDLE)
@@ -195,25 +207,16 @@ class Ledger:
         )
 
 
+def _write_all(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:  # a disk that is about to be full takes a part
+        left = left[file.write(left) :]
+
+
 def _checksum(payload: bytes) -> bytes:
     return hashlib.sha256(payload).hexdigest()[:_DIGITS].encode()
 
 
 def _line(trial: Trial) -> bytes:
-    try:
-        payload = trial.model_dump_json().encode()
-    except (PydanticSerializationError, UnicodeEncodeError):
-        # Half a surrogate pair, from somebody's file or a model's mouth: UTF-8 has no bytes for it.
-        payload = json.dumps(_encodable(trial.model_dump()), separators=(",", ":")).encode()
+    payload = trial.as_json().encode()
     return _HEAD + _checksum(payload) + _MIDDLE + payload + _TAIL
-
-
-def _encodable(value: Any) -> Any:  # noqa: ANN401 - of any JSON value
-    """The same with ``?`` for what UTF-8 cannot hold."""
-    if isinstance(value, str):
-        return str(value).encode("utf-8", errors="replace").decode()
-    if isinstance(value, dict):
-        return {_encodable(key): _encodable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encodable(inner) for inner in value]
-    return value

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticSerializationError
 
 SCHEMA_VERSION: Final = 1
 """Version of trials, manifest and summary. Fields are only ever added within a version."""
@@ -39,6 +40,26 @@ class Diagnosis(StrEnum):
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def as_json(self, indent: int | None = None) -> str:
+        """JSON that UTF-8 can hold: half characters become ``?``.
+
+        They come from names of files that are no UTF-8, in a command line or in the message of an
+        error; what went wrong must not keep a run from being recorded.
+        """
+        try:
+            return self.model_dump_json(indent=indent)
+        except PydanticSerializationError:
+            plain = type(self).model_validate(_whole(self.model_dump()))
+            return plain.model_dump_json(indent=indent)
+
+
+def _whole(value: Any) -> Any:  # noqa: ANN401 - plain data
+    if isinstance(value, dict):
+        return {_whole(key): _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_whole(inner) for inner in value)
+    return value.encode("utf-8", "replace").decode() if type(value) is str else value
 
 
 class Answer(_Record):

@@ -27,6 +27,7 @@ from reports.errors import ResumeMismatch, StoreError
 from reports.files import (
     FileLock,
     explained,
+    sweep,
     sync_folder,
     verified,
     write_atomically,
@@ -89,7 +90,7 @@ class RunStore:
                 )
             write_atomically(ledger, b"")
             write_text(folder / SCENARIO, scenario)
-            write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            write_text(folder / MANIFEST, manifest.as_json(indent=2) + "\n")
             with explained("write", folder):
                 sync_folder(folder)
         except BaseException:
@@ -115,6 +116,9 @@ class RunStore:
         store = cls(folder, stored, lock)
         try:
             store.repaired = store._ledger.repair()
+            # Not the run folder itself: a report may be being built there without the lock.
+            for part in (IMAGES, STATES):
+                sweep(folder / part)
         except BaseException:
             lock.release()
             raise

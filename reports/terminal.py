@@ -91,7 +91,8 @@ def notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
     if progress["errors"]:
         found.append(
             f"{count(progress['errors'], 'trial')} ended in an error and are in no metric; "
-            "report.html lists them."
+            "report.html lists them; redteam run --retry-errors with the same --out measures them "
+            "again."
         )
     if progress["missing"]:
         found.append(f"{count(progress['missing'], 'trial')} did not run; run again to resume.")

@@ -11,3 +11,7 @@ class CompressionError(TargetError):
 
 class KnowledgeError(TargetError):
     """An attack reached for something its threat model does not grant it."""
+
+
+class NonFiniteError(TargetError):
+    """The model computed NaN or infinity, so what it says means nothing."""

@@ -35,6 +35,7 @@ from targets.families.base import Family
 from targets.families.vision import VisionPass
 from targets.preprocessing import Layout, Preprocessing
 from targets.prompts import Dialogue, Prompt, PromptBook, Size
+from targets.soundness import FiniteLogits, without_nan
 
 RELAX = 1.0
 """Temperature of the straight-through relaxation, in units of the log-score."""
@@ -226,7 +227,7 @@ class Passes:
             decoding=decoding,
             draws=draws,
         )
-        return _of_targets(logprobs, talk)
+        return without_nan(_of_targets(logprobs, talk), "the log-probability of an answer")
 
     def nll(
         self,
@@ -342,7 +343,7 @@ class Passes:
                 draws=draws,
             )
             columns.append(_of_targets(logprobs, talk))
-        return torch.stack(columns, 1)
+        return without_nan(torch.stack(columns, 1), "the score of an option")
 
     def option_logprobs(
         self,
@@ -422,7 +423,11 @@ class Passes:
         max_new_tokens: int,
         compressor: Compressor | None = None,
     ) -> Tensor:
-        """Greedy answers as ids ``[B, ≤ max_new_tokens]``, inside a session if one is given."""
+        """Greedy answers as ids ``[B, ≤ max_new_tokens]``, inside a session if one is given.
+
+        Raises:
+            NonFiniteError: if a token would have been chosen by NaN or infinity.
+        """
         from transformers import GenerationConfig
 
         _one_each(images, questions)
@@ -435,18 +440,22 @@ class Passes:
             eos_token_id=sorted(self.ends),
             pad_token_id=self.prompts.pad,
         )
+        finite = FiniteLogits()
 
         def run() -> Tensor:
             ids: Tensor = self.family.model.generate(
                 input_ids=prompt.ids,
                 attention_mask=prompt.mask,
                 generation_config=config,
+                logits_processor=[finite],
                 **self.family.cast(inputs),
                 **self.family.extras(prompt.ids, prompt.mask, 0),
             )
             return ids[:, prompt.ids.shape[1] :]
 
-        return _inside(session, run)
+        ids = _inside(session, run)
+        finite.require()
+        return ids
 
     def decoder(self, method: Decoding, asked: Asked) -> DecodingRun:
         """A method about to answer; see `decode`."""

@@ -135,6 +135,8 @@ class JsonTable:
             raise empty.wrong(f"is not UTF-8 at byte {error.start}") from error
         except (ValueError, RecursionError) as error:
             raise empty.wrong(f"is not JSON: {error}") from error
+        if b"\\u" in raw and not _whole(data):
+            raise empty.wrong("holds half a character (a lone surrogate); write it whole")
         if not isinstance(data, dict):
             raise empty.wrong('is no JSON object; write {"image": …, "question": …}')
         for key in data:
@@ -145,6 +147,15 @@ class JsonTable:
             if key not in data:
                 raise empty.wrong(f"has no {key!r}")
         return Record(empty.where, number, data)
+
+
+def _whole(data: object) -> bool:
+    """Whether all texts can be written down again: a lone surrogate is half a character."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(constant: str) -> float:

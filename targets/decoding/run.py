@@ -15,6 +15,7 @@ from targets.decoding.search import Back, Ends, Walk, beams, greedy
 from targets.errors import TargetError
 from targets.families.base import Family
 from targets.prompts import Dialogue
+from targets.soundness import FiniteLogits
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class DecodingRun:
     seeds: tuple[int, ...]
     _rows: tuple[int, ...] = field(init=False)
     _said: int = 0
+    _finite: FiniteLogits = field(default_factory=FiniteLogits)
 
     def __post_init__(self) -> None:
         """Begin with one row a sample."""
@@ -52,7 +54,16 @@ class DecodingRun:
         return prompt
 
     def generate(self, ends: Ends) -> Tensor:
-        """Answers as ids ``[B, ≤ most]``, padded at the right."""
+        """Answers as ids ``[B, ≤ most]``, padded at the right.
+
+        Raises:
+            NonFiniteError: if a token would have been chosen by NaN or infinity.
+        """
+        found = self._search(ends)
+        self._finite.require()
+        return found
+
+    def _search(self, ends: Ends) -> Tensor:
         with torch.no_grad():
             rule = self.branches[0].rule
             walk = Walk(self._start, self._advance, self._select, self._mark, rule)
@@ -112,6 +123,8 @@ class DecodingRun:
         hidden = {depth: readings[0].depths[depth] for depth in wanted}
         logits, *others = self._heads([*(one.hidden for one in readings), *hidden.values()])
         views = len(readings) - 1
+        for one in (logits, *others[:views]):
+            self._finite(None, one[:, -1])
         return self.method.logits(
             Step(
                 logits=logits,

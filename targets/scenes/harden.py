@@ -200,7 +200,9 @@ class Hardener:
 
         self.recipe, self.data, self.out, self.late = recipe, data, out, late
         source = WEIGHTS / recipe.checkpoint
-        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+        model = LlavaForConditionalGeneration.from_pretrained(  # our own folder # nosec B615
+            source, dtype=torch.float32
+        )
         self.model: LlavaForConditionalGeneration = model.eval().requires_grad_(False)
         self.original = copy.deepcopy(model)
         self.tower = model.model.vision_tower
@@ -239,7 +241,10 @@ class Hardener:
 
         recipe = self.recipe
         self.generator.manual_seed(recipe.seed + 1)
-        saved = CLIPVisionModel.from_pretrained(self.out, dtype=torch.float32).state_dict()
+        tower = CLIPVisionModel.from_pretrained(  # our own folder # nosec B615
+            self.out, dtype=torch.float32
+        )
+        saved = tower.state_dict()
         for one in (self.tower, self.mean):
             one.load_state_dict(saved)
 

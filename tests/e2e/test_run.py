@@ -254,7 +254,11 @@ def test_a_plugin_that_breaks_on_one_sample(workplace: Workplace) -> None:
     summary = json.loads(done.stdout)["summary"]
     assert summary["progress"]["errors"] == 2
     assert summary["progress"]["missing"] == 0
-    again = workplace.redteam("run", "scenario.yaml", "--out", "run")
+    assert any("--retry-errors" in note for note in json.loads(done.stdout)["notes"])
+    before = (workplace.folder / "run" / "ledger.jsonl").read_bytes()
+    assert workplace.redteam("run", "scenario.yaml", "--out", "run").returncode == done.returncode
+    assert (workplace.folder / "run" / "ledger.jsonl").read_bytes() == before, "an error is kept"
+    again = workplace.redteam("run", "scenario.yaml", "--out", "run", "--retry-errors")
     assert "36 trials" not in again.stderr, "only what failed is tried again"
     assert len(ledger(workplace.folder / "run")) == CELLS * SAMPLES + 2
 

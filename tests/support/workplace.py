@@ -68,7 +68,7 @@ class Workplace:
         """The command line in a process of its own, to be killed or interrupted."""
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder / "plugins")]),
             "OMP_NUM_THREADS": str(torch.get_num_threads()),  # other threads, other rounding
             "HF_HUB_OFFLINE": "1",
             "NO_COLOR": "1",

@@ -133,3 +133,20 @@ def test_no_lines_no_file_and_a_broken_picture(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DatasetError, match=r":1: image 'a.png' cannot be decoded"):
         data[0]
+
+
+def test_a_line_that_never_ends_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"image": "')
+        file.truncate(200 << 20)  # a sparse file: it takes no room, and has no end of line
+    with pytest.raises(DatasetError, match=r"data\.jsonl:1: is longer than 1 MiB"):
+        Jsonl(path=str(path)).open()
+
+
+def test_half_characters_are_refused(tmp_path: Path) -> None:
+    path = place(tmp_path, GOOD, '{"image": "a.png", "question": "\\ud83d", "answer": "x"}')
+    with pytest.raises(DatasetError, match=r"data\.jsonl:2: holds half a character"):
+        Jsonl(path=str(path)).open()
+    path = place(tmp_path, '{"image": "a.png", "question": "\\ud83d\\ude00", "answer": "x"}')
+    assert Jsonl(path=str(path)).open()[0].question == "😀"

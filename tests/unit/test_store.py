@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults import Faults, injected
 from report_data import cell, manifest, trial
 
 from reports.errors import LedgerError, ResumeMismatch, RunLockedError, StoreError
@@ -348,6 +349,90 @@ def test_a_place_that_is_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="another --out folder"):
         RunStore.create(tmp_path / "file" / "run", manifest())
+
+
+def test_half_a_unit_on_a_disk_that_fills_up_is_taken_back(folder: Path) -> None:
+    before = (folder / LEDGER).read_bytes()
+    more = [trial(f"n{index}", question="?" * 3000) for index in range(5)]  # more than one buffer
+    counted = Faults()
+    with RunStore.open(folder, manifest()) as store:
+        with injected(counted):
+            store.append([trial("s2")])
+        at = counted.log.index("write") + 1
+        (folder / LEDGER).write_bytes(before)
+        with injected(Faults(at, number=errno.ENOSPC)), pytest.raises(StoreError, match="disk is"):
+            store.append(more)
+        assert (folder / LEDGER).read_bytes() == before, "closing the file wrote behind the cut"
+        store.append(more)
+    assert len(samples(RunStore.read(folder))) == 7
+
+
+def test_half_a_unit_that_cannot_be_taken_back_is_cut_off_before_the_next(folder: Path) -> None:
+    before = (folder / LEDGER).read_bytes()
+    with RunStore.open(folder, manifest()) as store:
+        counted = Faults()
+        with injected(counted):
+            store.append([trial("s2")])
+        (folder / LEDGER).write_bytes(before)
+        at = counted.log.index("write") + 1
+        with (
+            injected(Faults(at, number=errno.EIO, lasting=True)),
+            pytest.raises(StoreError, match="Input/output error"),
+        ):
+            store.append([trial("s2")])
+        assert (folder / LEDGER).read_bytes() != before, "there is half a line"
+        assert samples(RunStore.read(folder)) == ["s0", "s1"]
+        store.append([trial("s3")])
+    assert samples(RunStore.read(folder)) == ["s0", "s1", "s3"]
+
+
+def test_what_killed_writers_left_is_removed_by_the_next(folder: Path) -> None:
+    with RunStore.open(folder, manifest()) as store:
+        name = store.save_png(b"image")
+    left = folder / "images" / name[:2] / f".{name[:40]}.k2l_x9ab"
+    mine = folder / "images" / ".gitignore"
+    left.write_bytes(b"ima")
+    mine.write_text("*")
+    RunStore.read(folder)
+    assert left.exists(), "reading must not write"
+    RunStore.open(folder, manifest()).close()
+    assert not left.exists()
+    assert mine.exists()
+    assert RunStore.read(folder).read_png(name) == b"image"
+
+
+def test_an_error_about_a_name_that_is_no_utf8_is_recorded(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    wrong = trial("s0", "error")
+    assert wrong.error is not None
+    error = wrong.error.model_copy(update={"message": f"cannot read {name}"})
+    planned = changed(provenance={"command": f"redteam run {name}"})
+    with RunStore.create(tmp_path / "run", planned) as store:
+        store.append([wrong.model_copy(update={"error": error})])
+    store = RunStore.read(tmp_path / "run")
+    assert store.manifest.provenance["command"] == "redteam run caf?.png"
+    (found,) = store.trials()
+    assert found.error is not None
+    assert found.error.message == "cannot read caf?.png"
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (b'{"cell"', "it is no JSON"),
+        (b"[1]", "it has no"),
+        (b'{"cell": ["c"], "sample": "s"}', "its cell or sample is no text"),
+        (b'{"cell": ' + b"[" * 9000, "it is no JSON"),
+    ],
+)
+def test_a_line_with_a_right_checksum_may_hold_nonsense(
+    payload: bytes, why: str, folder: Path
+) -> None:
+    digest = hashlib.sha256(payload).hexdigest()[:16].encode()
+    with (folder / LEDGER).open("ab") as file:
+        file.write(b'{"sha256": "' + digest + b'", "trial": ' + payload + b"}\n")
+    with pytest.raises(LedgerError, match=f"line 3 is damaged: {why}"):
+        RunStore.read(folder).done()
 
 
 def test_half_a_surrogate_pair_is_recorded_as_a_question_mark(folder: Path) -> None:

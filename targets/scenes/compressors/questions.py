@@ -84,7 +84,7 @@ def frozen(checkpoint: str, attention: str = "sdpa") -> LlavaForConditionalGener
     """A shipped scenes LVLM in float32, its weights without gradient."""
     from transformers import LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(
+    model = LlavaForConditionalGeneration.from_pretrained(  # our own folder # nosec B615
         WEIGHTS / checkpoint, dtype=torch.float32, attn_implementation=attention
     )
     return model.eval().requires_grad_(False)
