@@ -106,6 +106,9 @@ def run(
         bool,
         typer.Option("--retry-errors", help="Measure trials again that ended in an error."),
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Make every attacked image, also known ones.")
+    ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time went; a little slower.")
     ] = False,
@@ -125,6 +128,7 @@ def run(
         console = stderr()
         with console.status("loading …"):
             from redteam import runner
+            from redteam.cache import ImageCache
             from redteam.output import show_run
             from redteam.profiling import Profile
             from redteam.progress import RunProgress
@@ -133,9 +137,10 @@ def run(
             part = None if shard is None else Shard.parse(shard)
         folder = out or runner.default_folder(checked, part)
         clocks = Profile() if profile else None
+        cache = None if no_cache else ImageCache.of_environment()
         with RunProgress(console) as progress, clocks or nullcontext():
             finished = runner.run(
-                checked, folder, progress, part, clocks, retry_errors=retry_errors
+                checked, folder, progress, part, clocks, cache, retry_errors=retry_errors
             )
     except KeyboardInterrupt:
         again = f"; run again with --out {folder} to resume" if folder else ""
@@ -313,6 +318,25 @@ def report(
     code = cli_verdict.shell(built, inconclusive)
     show_report(run_folder, replace(built, exit_code=code), as_json=as_json)
     raise typer.Exit(code)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all of it.")] = False,
+    limit: Annotated[
+        str | None, typer.Option(help="Delete what was used longest ago above this size: 20GB …")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show or empty the cache of attacked images; needs no torch."""
+    from redteam.cache import ImageCache, size_of
+    from redteam.output import show_cache
+
+    found = ImageCache.of_environment()
+    deleted = 0
+    if found is not None and (clear or limit is not None):
+        deleted = found.prune(0 if clear else size_of(limit or ""))
+    show_cache(None if found is None else found.contents(), deleted, as_json=as_json)
 
 
 @app.command()

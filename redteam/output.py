@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ from reports.text import count, epsilon_text, plain
 from reports.verdict import ExitCode, Verdict
 
 if TYPE_CHECKING:
+    from redteam.cache import Contents
     from redteam.catalog import Entry
     from redteam.doctor import Finding
     from redteam.plan import Plan
@@ -75,6 +77,28 @@ def show_run(
         as_json=as_json,
         interrupted=finished.interrupted,
         notes=finished.notes,
+    )
+
+
+def show_cache(contents: Contents | None, deleted: int, *, as_json: bool) -> None:
+    """The end of ``redteam cache``."""
+    if as_json:
+        known = contents and {**asdict(contents), "folder": str(contents.folder)}
+        write_json({"cache": known, "deleted": deleted})
+        return
+    console = stdout()
+    if contents is None:
+        console.print("the cache is switched off (REDTEAM_CACHE)")
+        return
+    if deleted:
+        console.print(f"deleted  {count(deleted, 'image')}")
+    size = f"{contents.size / 1024**2:,.1f} MiB of {contents.limit / 1024**2:,.0f}"
+    console.print(f"holds    {count(contents.images, 'image')}, {size}")
+    console.print(Text(f"folder   {contents.folder}"), soft_wrap=True)
+    console.print(
+        "next     REDTEAM_CACHE=DIR moves it, REDTEAM_CACHE=off switches it off, "
+        "REDTEAM_CACHE_LIMIT=20GB sets its size; redteam run --no-cache makes every image",
+        soft_wrap=True,
     )
 
 

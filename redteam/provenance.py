@@ -54,13 +54,18 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages results depend on; "absent" where missing."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = str(version(name))
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return {
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in _PACKAGES},
+    }
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; "absent" where it is missing."""
+    try:
+        return str(version(package))
+    except PackageNotFoundError:
+        return "absent"
 
 
 def commit() -> str | None:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from redteam import provenance
+from redteam.cache import ImageCache
 from redteam.calibrating import open_calibration
 from redteam.capabilities import cautions
 from redteam.datasets.base import Samples
@@ -83,6 +84,7 @@ def run(
     watcher: Watcher,
     shard: Shard | None = None,
     profile: Profile | None = None,
+    cache: ImageCache | None = None,
     *,
     retry_errors: bool = False,
 ) -> Finished:
@@ -96,6 +98,7 @@ def run(
         watcher: told what happens.
         shard: the part to run; None for all of it.
         profile: an active one, to be told what is loading; it is written into the folder.
+        cache: of attacked images of earlier runs, for the local engine; None makes all of them.
         retry_errors: measure trials again that ended in an error; else they stay as they are.
 
     Raises:
@@ -114,7 +117,7 @@ def run(
         units = _resumable(folder, manifest, plan, len(samples), shard, retry_errors)
         if not units:
             return _finished(folder, False, cautions(scenario), shard)
-    with _engine(plan, samples, watcher.say, calibration) as engine:
+    with _engine(plan, samples, watcher.say, calibration, cache) as engine:
         return _carry_out(
             plan, samples, engine, folder, watcher, shard, profile, calibration, retry_errors
         )
@@ -165,6 +168,7 @@ def _engine(
     samples: Samples,
     say: Callable[[str], None],
     calibration: Samples | None,
+    cache: ImageCache | None,
 ) -> Iterator[Engine]:
     """The engine that the scenario asks for, closed afterwards."""
     options = plan.scenario.engine
@@ -174,11 +178,13 @@ def _engine(
 
         engine = RayEngine(plan, samples, options.device, say)
     else:
-        engine = LocalEngine(plan, samples, options.device, say, calibration)
+        engine = LocalEngine(plan, samples, options.device, say, calibration, cache)
     try:
         yield engine
     finally:
         engine.close()
+        if cache is not None:
+            cache.prune()
 
 
 def _phase(profile: Profile | None, name: str) -> AbstractContextManager[None]:

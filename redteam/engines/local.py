@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redteam.adaptive import adapt
 from redteam.batching import Batcher, Failure
 from redteam.batching import failure as failure_of
+from redteam.cache import NOTE, Entry, ImageCache, key_of
 from redteam.calibrating import Calibrator, Watched, batch_of, evading, watch
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import Filter, without
@@ -21,6 +22,7 @@ from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method
 from redteam.screening import screen
+from redteam.signature import OURS
 from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_scores
 from reports.records import Effort, Trial
 from reports.store import RunStore
@@ -76,6 +78,7 @@ class LocalEngine:
         device: ``auto``, ``cpu``, ``cuda`` …
         warn: told what the user should know, once each.
         calibration: clean samples for detectors, none of them tested; None without detectors.
+        cache: of attacked images of earlier runs; None makes all of them.
     """
 
     def __init__(
@@ -85,10 +88,14 @@ class LocalEngine:
         device: str,
         warn: Callable[[str], None] = lambda message: None,
         calibration: Samples | None = None,
+        cache: ImageCache | None = None,
     ) -> None:
         from targets.loading import resolve_device
 
         self._plan, self._samples, self._warn = plan, samples, warn
+        self._cache = cache
+        self._machine: dict[str, Any] = {}
+        self._recalled = 0
         try:
             self.device = str(resolve_device(device))
         except TargetError as error:
@@ -214,6 +221,11 @@ class LocalEngine:
             if stop():
                 return
             yield Done(unit, self.execute(unit, store))
+        if self._recalled:
+            self._warn(
+                f"{self._recalled:,} attacked images are from the cache of earlier runs (redteam "
+                "cache); --no-cache makes all of them"
+            )
 
     def close(self) -> None:
         """Let the threads end."""
@@ -376,7 +388,11 @@ class LocalEngine:
             return self._propose(asker, group, [shots[index] for index in indices], store)
 
         where = f"attack {group.attack.label}"
-        results = asker.each(shots, run, where, key=group.id)
+        results = self._recall(asker, group, shots)
+        missing = {index: shot for index, shot in shots.items() if index not in results}
+        made = asker.each(missing, run, where, key=group.id)
+        self._remember(asker, group, shots, made)
+        results |= made
         found |= {index: one for index, one in results.items() if isinstance(one, Failure)}
         ready = good(results)
         pictures = [shots[index] for index in ready]
@@ -389,6 +405,58 @@ class LocalEngine:
         if group.surrogates and len(self._plan.scenario.targets) > 1:
             self._transferred[key] = found  # the same images attack every target
         return found
+
+    def _recall(
+        self, asker: Asker, group: ImageGroup, shots: Mapping[int, Shot]
+    ) -> dict[int, _Made | Failure]:
+        """Images of this group that the cache holds."""
+        found: dict[int, _Made | Failure] = {}
+        if self._cache is None or not cacheable(group):
+            return found
+        for index, shot in shots.items():
+            entry = self._cache.get(self._key(asker, group, shot))
+            if entry is not None:
+                found[index] = _from_cache(entry)
+        self._recalled += len(found)
+        return found
+
+    def _remember(
+        self,
+        asker: Asker,
+        group: ImageGroup,
+        shots: Mapping[int, Shot],
+        made: Mapping[int, _Made | Failure],
+    ) -> None:
+        """Keep the images of this group for later runs."""
+        if self._cache is None or not cacheable(group):
+            return
+        some = good(made)
+        keys = [self._key(asker, group, shots[index]) for index in some]
+        cache = self._cache
+        entries = self._threads.map(_for_cache, some.values())
+        list(self._threads.map(cache.put, keys, entries))
+
+    def _key(self, asker: Asker, group: ImageGroup, shot: Shot) -> str:
+        """Hash of all that makes an image, see `redteam.cache`."""
+        self._machine = self._machine or self.hardware()
+        sample = shot.sample
+        hardened = None if group.defense is None else asker.defended(group.defense).identity
+        others = [dict(self._surrogate(one).identity) for one in group.surrogates]
+        return key_of(
+            {
+                "group": group.id,
+                "weights": others or dict(asker.model.identity),
+                "hardened": hardened and dict(hardened),
+                "seed": seed_of(self._plan.scenario.seed, group.id, sample.id),
+                "max_new_tokens": asker.max_new_tokens,
+                "machine": self._machine,
+                "image": shot.png,
+                "sample": [
+                    getattr(sample, name)
+                    for name in ("question", "answer", "accepted", "options", "scoring", "choices")
+                ],
+            }
+        )
 
     def _repeat(
         self,
@@ -617,6 +685,47 @@ def _attacked(made: _Made, clean: Shot, store: Vault) -> Attacked:
         made_by=made.made_by,
         pipeline=made.pipeline,
         base=base,
+    )
+
+
+def cacheable(group: ImageGroup) -> bool:
+    """Whether images of a group are worth keeping and their code is in the key.
+
+    Not those that cost nothing, those of detectors (which depend on what they learnt), and those of
+    methods from other packages.
+    """
+    methods = [group.target, group.attack, *group.surrogates]
+    methods += [one for one in (group.known, group.defense) if one is not None]
+    ours = all(one.signature.entry.module.partition(".")[0] in OURS for one in methods)
+    watched = group.defense is not None and _is_detector(group.defense)
+    return ours and not watched and bool(group.gradients or group.queries)
+
+
+def _for_cache(made: _Made) -> Entry:
+    facts = {
+        "loss": made.loss,
+        "checks": list(made.checks),
+        "seed": made.seed,
+        "seconds": made.seconds,
+        "effort": made.effort.model_dump(),
+        "made_by": made.made_by,
+        "pipeline": made.pipeline,
+    }
+    return Entry(facts, encode_png(made.pixels), encode_png(made.base))
+
+
+def _from_cache(entry: Entry) -> _Made:
+    facts = entry.facts
+    return _Made(
+        pixels=decode_png(entry.attacked),
+        base=decode_png(entry.base),
+        loss=list(facts["loss"]),
+        checks=(*facts["checks"], NOTE),
+        seed=int(facts["seed"]),
+        seconds=float(facts["seconds"]),
+        effort=Effort.model_validate(facts["effort"]),
+        made_by=str(facts["made_by"]),
+        pipeline=str(facts["pipeline"]),
     )
 
 
