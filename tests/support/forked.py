@@ -25,6 +25,7 @@ def warm() -> None:
 
     del attacks, redteam, reports, targets
     torch.set_num_threads(1)
+    os.environ["REDTEAM_CACHE"] = "off"  # every run makes its images
 
 
 def start(
