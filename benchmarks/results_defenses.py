@@ -379,7 +379,9 @@ def transferred(folders: Sequence[Path]) -> str:
     found: dict[tuple[str, str], dict[str, Cell]] = {}
     for folder in folders:
         for cell in cells_of(folder):
-            here = found.setdefault((cell.compression, bare(cell.defense)), {})
+            # A mark in the middle of a label comes of options that tell two of a type apart.
+            name = bare(cell.defense).replace(" (unverified)", "")
+            here = found.setdefault((cell.compression, name), {})
             if not cell.adaptive and len(cell.rows) > len(here.get(cell.attack, _NOTHING).rows):
                 here[cell.attack] = cell
     attacks = list(dict.fromkeys(name for here in found.values() for name in here if name != NOISE))
@@ -420,7 +422,9 @@ def _transferred(
         clean("compressed_clean"),
         *(csfr(name) for name in attacks),
         rate(*worst(here.values())),
-        "× 1.00" if defense == "none" else time_cost(Line(here, control)),
+        "× 1.00"
+        if defense == "none"
+        else time_cost(Line({fullest.attack: fullest}, {base.attack: base})),
     ]
 
 
@@ -438,8 +442,8 @@ def _where(folders: Sequence[Path]) -> str:
         "One image of an attack that knows no defence serves all of them, so these figures say "
         "what a defence saves **until somebody attacks it**: upper bounds, all of them. Of each "
         f"attack the run with the most samples counts ({'; '.join(said)}); worst case over the "
-        "samples that all of a row's attacks have. Time is of machines that did other work too. A "
-        "defence that costs clean accuracy has a smaller denominator: read CSFR beside it."
+        "samples that all of a row's attacks have. Time is that of the first attack in the row, on a "
+        "machine that did other work too. A defence that costs clean accuracy has a smaller denominator: read CSFR beside it."
     )
 
 
