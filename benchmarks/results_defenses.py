@@ -442,8 +442,9 @@ def _where(folders: Sequence[Path]) -> str:
         "One image of an attack that knows no defence serves all of them, so these figures say "
         "what a defence saves **until somebody attacks it**: upper bounds, all of them. Of each "
         f"attack the run with the most samples counts ({'; '.join(said)}); worst case over the "
-        "samples that all of a row's attacks have. Time is that of the first attack in the row, on a "
-        "machine that did other work too. A defence that costs clean accuracy has a smaller denominator: read CSFR beside it."
+        "samples that all of a row's attacks have. Time is that of the first attack in the row, "
+        "on a machine that did other work too. A defence that costs clean accuracy has a smaller "
+        "denominator: read CSFR beside it."
     )
 
 
