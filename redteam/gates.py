@@ -14,6 +14,7 @@ from redteam.document import Location, read_document
 from redteam.errors import ScenarioError, nearest
 from redteam.findings import Findings, annotation_at, shown
 from redteam.validation import Gate, number
+from reports.gate import limit_words
 from reports.records import Cell, GateSpec
 from reports.registry import METRICS
 
@@ -108,14 +109,7 @@ def _absolute(baseline: str | None, folder: Path, location: Location, findings: 
 def _name(gate: Gate, where: Mapping[str, Any], *, several: bool) -> str:
     if gate.name and not several:
         return gate.name
-    limits = (
-        ("≤", gate.max),
-        ("≥", gate.min),
-        ("rises by ≤", gate.max_increase),
-        ("falls by ≤", gate.max_decrease),
-    )
-    stated = [f"{sign} {value:g}" for sign, value in limits if value is not None]
-    words = [gate.name or f"{gate.metric} {' and '.join(stated)}"]
+    words = [gate.name or f"{gate.metric} {limit_words(gate)}"]
     words += [_epsilon(value) if key == "epsilon" else str(value) for key, value in where.items()]
     return ", ".join(words)
 

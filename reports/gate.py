@@ -6,7 +6,7 @@ How a gate is decided is in `reports.deciding`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,6 +42,30 @@ can be compared. "" of other verdicts."""
 
 MORE_SAMPLES: frozenset[Cause] = frozenset({"samples", "multiplicity"})
 """Causes that say nothing bad about the run but that it is small."""
+
+
+class Limits(Protocol):
+    """What a gate allows; None where it says nothing."""
+
+    @property
+    def max(self) -> float | None: ...
+    @property
+    def min(self) -> float | None: ...
+    @property
+    def max_increase(self) -> float | None: ...
+    @property
+    def max_decrease(self) -> float | None: ...
+
+
+def limit_words(gate: Limits) -> str:
+    """What a gate allows in words: ``≤ 0.10``, ``rises by ≤ 0.02``."""
+    words = (
+        ("≤", gate.max),
+        ("≥", gate.min),
+        ("rises by ≤", gate.max_increase),
+        ("falls by ≤", gate.max_decrease),
+    )
+    return " and ".join(f"{sign} {value:g}" for sign, value in words if value is not None)
 
 
 class CellDecision(_Record):
@@ -111,14 +135,7 @@ class GateDecision(_Record):
     @property
     def limit(self) -> str:
         """The limit in words: ``csfr ≤ 0.10``, ``csfr rises by ≤ 0.02``."""
-        words = (
-            ("≤", self.max),
-            ("≥", self.min),
-            ("rises by ≤", self.max_increase),
-            ("falls by ≤", self.max_decrease),
-        )
-        parts = [f"{sign} {value:g}" for sign, value in words if value is not None]
-        return f"{self.metric} {' and '.join(parts)}"
+        return f"{self.metric} {limit_words(self)}"
 
 
 class Conclusion(_Record):

@@ -235,12 +235,8 @@ class RunStore:
             StoreError: if the file cannot be read.
         """
         path = self.folder / CALIBRATION
-        if not path.exists():
-            return []
-        with explained("read", path):
-            text = path.read_text(encoding="utf-8")
         try:
-            return [Calibration.model_validate(one) for one in json.loads(text)["detectors"]]
+            return [Calibration.model_validate(one) for one in _entries(path, "detectors")]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{path} cannot be read: {error}; it was changed by hand or written by another "
@@ -303,12 +299,8 @@ class RunStore:
             StoreError: if the file cannot be read.
         """
         path = self.folder / PROFILE
-        if not path.exists():
-            return []
-        with explained("read", path):
-            text = path.read_text(encoding="utf-8")
         try:
-            return list(json.loads(text)["sessions"])
+            return _entries(path, "sessions")
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path} cannot be read: {error}; delete it") from error
 
@@ -350,6 +342,15 @@ class RunStore:
     def _writable(self) -> None:
         if self._lock is None:
             raise StoreError(f"{self.folder} is open for reading only; use RunStore.open")
+
+
+def _entries(path: Path, key: str) -> list[Any]:
+    """A list in a JSON file; empty where there is no file."""
+    if not path.exists():
+        return []
+    with explained("read", path):
+        text = path.read_text(encoding="utf-8")
+    return list(json.loads(text)[key])
 
 
 def differences(stored: Manifest, now: Manifest) -> list[str]:
