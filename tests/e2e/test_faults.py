@@ -112,7 +112,7 @@ def test_every_write_may_fail(kind: str, place: Workplace, writes: int) -> None:
         strike(place, f"{kind} {at}", kind, at)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_write_may_fail_in_every_way(kind: str, place: Workplace, writes: int) -> None:
     for at in range(1, writes + 1):
