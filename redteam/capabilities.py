@@ -69,7 +69,7 @@ def mismatches(scenario: Scenario) -> list[Problem]:
 
 def detectors(scenario: Scenario) -> list[Method]:
     """The detectors among its defences."""
-    return [one for one in scenario.defenses if one.signature.facts.get("kind") == "detector"]
+    return [one for one in scenario.defenses if one.detects]
 
 
 def _uncalibrated(scenario: Scenario) -> list[Problem]:

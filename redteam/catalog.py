@@ -207,6 +207,16 @@ def _entries(
     return found
 
 
+def foreign() -> set[str]:
+    """Names of all kinds that other packages added."""
+    return {
+        entry.name
+        for kind in KINDS
+        for entry in entries(kind).values()
+        if entry.name not in BUILTIN[kind]
+    }
+
+
 def names(kind: Kind) -> list[str]:
     """What a scenario can write as a type, the methods of each library as one."""
     return [*entries(kind), *(f"{family}.*" for family in FAMILIES.get(kind, {}))]

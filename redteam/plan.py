@@ -307,7 +307,7 @@ def _cell(
         norm=traits.norm,
         knowledge=traits.needs,
         knows_compression=traits.knows_compression,
-        detector=defense.signature.facts.get("kind") == "detector",
+        detector=defense.detects,
         spec=spec,
         declared={
             "steps": traits.gradients * max(1, len(surrogates)),

@@ -79,6 +79,11 @@ class Method:
         return signature(find(self.kind, self.type))
 
     @property
+    def detects(self) -> bool:
+        """Of a defence: whether it changes no answer and only watches."""
+        return self.signature.facts.get("kind") == "detector"
+
+    @property
     def spec(self) -> dict[str, Any]:
         """Type and options as plain JSON data; what ids and seeds are made of."""
         knows = {"adaptive": True, "draws": self.draws} if self.adaptive else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from redteam.batching import Batcher, Failure
 from redteam.batching import failure as failure_of
 from redteam.cache import NOTE, Entry, ImageCache, key_of
 from redteam.calibrating import Calibrator, Watched, batch_of, evading, watch
+from redteam.catalog import foreign
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import Filter, without
 from redteam.engines.base import Done, Vault
@@ -22,7 +24,6 @@ from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method
 from redteam.screening import screen
-from redteam.signature import OURS
 from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_scores
 from reports.records import Effort, Trial
 from reports.store import RunStore
@@ -207,7 +208,7 @@ class LocalEngine:
         """Calibrate every detector on every compression, as the units would one by one."""
         scenario = self._plan.scenario
         for target in scenario.targets:
-            watched = [one for one in scenario.defenses if _is_detector(one)]
+            watched = [one for one in scenario.defenses if one.detects]
             for compression in scenario.compressions if watched else ():
                 asker = self._open(target)
                 for defense in watched:
@@ -388,10 +389,11 @@ class LocalEngine:
             return self._propose(asker, group, [shots[index] for index in indices], store)
 
         where = f"attack {group.attack.label}"
-        results = self._recall(asker, group, shots)
+        keys = self._keys(asker, group, shots)
+        results = self._recall(keys)
         missing = {index: shot for index, shot in shots.items() if index not in results}
         made = asker.each(missing, run, where, key=group.id)
-        self._remember(asker, group, shots, made)
+        self._remember(keys, made)
         results |= made
         found |= {index: one for index, one in results.items() if isinstance(one, Failure)}
         ready = good(results)
@@ -406,35 +408,29 @@ class LocalEngine:
             self._transferred[key] = found  # the same images attack every target
         return found
 
-    def _recall(
-        self, asker: Asker, group: ImageGroup, shots: Mapping[int, Shot]
-    ) -> dict[int, _Made | Failure]:
-        """Images of this group that the cache holds."""
-        found: dict[int, _Made | Failure] = {}
+    def _keys(self, asker: Asker, group: ImageGroup, shots: Mapping[int, Shot]) -> dict[int, str]:
+        """Under which keys the cache keeps the images of this group; none if it does not."""
         if self._cache is None or not cacheable(group):
-            return found
-        for index, shot in shots.items():
-            entry = self._cache.get(self._key(asker, group, shot))
+            return {}
+        return {index: self._key(asker, group, shot) for index, shot in shots.items()}
+
+    def _recall(self, keys: Mapping[int, str]) -> dict[int, _Made | Failure]:
+        """Images that the cache holds."""
+        found: dict[int, _Made | Failure] = {}
+        for index, key in keys.items():
+            entry = None if self._cache is None else self._cache.get(key)
             if entry is not None:
                 found[index] = _from_cache(entry)
         self._recalled += len(found)
         return found
 
-    def _remember(
-        self,
-        asker: Asker,
-        group: ImageGroup,
-        shots: Mapping[int, Shot],
-        made: Mapping[int, _Made | Failure],
-    ) -> None:
-        """Keep the images of this group for later runs."""
-        if self._cache is None or not cacheable(group):
+    def _remember(self, keys: Mapping[int, str], made: Mapping[int, _Made | Failure]) -> None:
+        """Keep images for later runs."""
+        if self._cache is None or not keys:
             return
         some = good(made)
-        keys = [self._key(asker, group, shots[index]) for index in some]
-        cache = self._cache
         entries = self._threads.map(_for_cache, some.values())
-        list(self._threads.map(cache.put, keys, entries))
+        list(self._threads.map(self._cache.put, [keys[index] for index in some], entries))
 
     def _key(self, asker: Asker, group: ImageGroup, shot: Shot) -> str:
         """Hash of all that makes an image, see `redteam.cache`."""
@@ -696,8 +692,10 @@ def cacheable(group: ImageGroup) -> bool:
     """
     methods = [group.target, group.attack, *group.surrogates]
     methods += [one for one in (group.known, group.defense) if one is not None]
-    ours = all(one.signature.entry.module.partition(".")[0] in OURS for one in methods)
-    watched = group.defense is not None and _is_detector(group.defense)
+    # Anywhere in the options: stacks, stages and suites name further methods there.
+    text = json.dumps([one.spec for one in methods])
+    ours = not any(json.dumps(name) in text for name in foreign())
+    watched = group.defense is not None and group.defense.detects
     return ours and not watched and bool(group.gradients or group.queries)
 
 
@@ -727,10 +725,6 @@ def _from_cache(entry: Entry) -> _Made:
         made_by=str(facts["made_by"]),
         pipeline=str(facts["pipeline"]),
     )
-
-
-def _is_detector(defense: Method) -> bool:
-    return defense.signature.facts.get("kind") == "detector"
 
 
 def _pixels(made: _Made | Failure) -> Pixels | None:

@@ -133,3 +133,21 @@ def test_the_command_shows_and_empties_it(
     assert "deleted  1 image" in redteam("--clear")
     monkeypatch.setenv("REDTEAM_CACHE", "off")
     assert "switched off" in redteam()
+
+
+def test_what_names_a_method_of_another_package_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from redteam.engines import local
+    from redteam.plan import make_plan
+    from redteam.scenario import load_limited
+
+    groups = make_plan(load_limited("quickstart", [], None)).groups
+
+    def kept() -> set[str]:
+        labels = (f"{one.attack.label} {one.known.label if one.known else ''}" for one in groups)
+        return {label for label, one in zip(labels, groups, strict=True) if local.cacheable(one)}
+
+    assert kept() == {"pgd ", "caa fastv K=2 25%", "caa visionzip 25%"}, "noise costs nothing"
+    monkeypatch.setattr(local, "foreign", lambda: {"visionzip"})
+    assert kept() == {"pgd ", "caa fastv K=2 25%"}
