@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,6 +111,14 @@ class Asker:
         if key not in self._methods:
             self._methods[key] = method.create()
         return self._methods[key]
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within it, answers about the same pictures share one run of the vision tower."""
+        from targets.remembering import remembering
+
+        with remembering(one.family for one in (self.model, *self._hardened.values())):
+            yield
 
     def each(
         self,

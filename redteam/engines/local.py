@@ -171,11 +171,23 @@ class LocalEngine:
         asker = self._open(group.target)
         block = self._share(unit, store)
         attacked = self._attack(asker, group, block, store)
+        with asker.sharing():
+            return self._evaluate(asker, unit, block, attacked, store)
+
+    def _evaluate(
+        self,
+        asker: Asker,
+        unit: WorkUnit,
+        block: _Block,
+        attacked: Mapping[int, Attacked | Failure],
+        store: Vault,
+    ) -> list[Trial]:
+        """Ask about clean and attacked pictures, in every cell of a unit."""
         shots = {index: one.shot for index, one in good(attacked).items()}
         full: dict[str, Replies] = {}
         compressed: dict[tuple[str, str], Replies] = {}
         trials: list[Trial] = []
-        for planned in group.cells:
+        for planned in unit.group.cells:
             defense = planned.defense
             acting = defense.label if asker.acts(defense, compressed=False) else ""
             if acting not in full:

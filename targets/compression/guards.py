@@ -95,6 +95,12 @@ def owner(cut: Cut) -> Compressor:
     return cut.by
 
 
+def changes_tower(model: Any) -> bool:  # noqa: ANN401 - transformers is untyped
+    """Whether an open session shortens this model's vision tower from inside."""
+    session, _ = model.__dict__.get(_OWNER, (None, None))
+    return session is not None and bool(session.in_tower)
+
+
 def acquire(model: Any, session: object) -> None:  # noqa: ANN401 - transformers is untyped
     """Mark a model as taken and guard its `generate`.
 

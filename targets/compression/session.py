@@ -136,6 +136,11 @@ class CompressionSession:
         return alive & live, live, group.start
 
     @property
+    def in_tower(self) -> bool:
+        """Whether a part of it works inside the vision tower."""
+        return any(one.stage is Stage.TOWER for one in self._parts)
+
+    @property
     def settled(self) -> bool:
         """Whether all cuts of the prefill that runs or ran last have ranked."""
         return len(self.trace.cuts) == sum(cut.drops for cut in self._cuts_of)

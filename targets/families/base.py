@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -205,6 +205,14 @@ class Family(ABC):
     def encoded(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - of transformers
         """Encoder output that ``forward`` takes as ``mm_encoder_outputs["image"]``."""
         return self.run_tower(inputs)
+
+    def note(self, encoded: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ANN401, B027
+        """Write onto encoder output what `images` will want to know of its inputs.
+
+        Args:
+            encoded: of the model or of `encoded`.
+            inputs: what it was encoded from.
+        """
 
     @abstractmethod
     def project_tokens(self, features: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -182,6 +182,10 @@ class LlavaNext(Llava):
         packed = self.pack(projected.split(counts), inputs["image_sizes"])
         return _noted(BaseModelOutputWithPooling(pooler_output=packed), inputs)
 
+    def note(self, encoded: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ANN401
+        """How the pictures were cut."""
+        _noted(encoded, inputs)
+
     def pack(self, features: Sequence[Tensor], sizes: Tensor) -> Any:  # noqa: ANN401
         """Projected features ``[tiles, P, D]`` of each picture as one row of tokens each."""
         packed, _ = self.core.pack_image_features(
@@ -225,7 +229,7 @@ class _Noting:
             self._core.__dict__[_ENCODED] = self._before
 
 
-def _noted(encoded: Any, inputs: dict[str, Any]) -> Any:  # noqa: ANN401 - of transformers
+def _noted(encoded: Any, inputs: Mapping[str, Any]) -> Any:  # noqa: ANN401 - of transformers
     """Encoder output that remembers how its pictures were cut."""
     names = ("image_sizes", "batch_num_images")
     encoded.redteam_sizes = {name: inputs[name] for name in names if inputs.get(name) is not None}

@@ -89,6 +89,7 @@ class PackedTap(VisionTap):
                 one.query.register_forward_hook(self._keep(number, "qkv")),
                 one.layer.register_forward_hook(end),
             ]
+        self._listed()
         return self
 
     def _keep_turn(self, number: int) -> Callable[[object, object, dict[str, Any]], None]:

@@ -6,7 +6,7 @@ merger makes one token of every 2 × 2 patches. Tokens have three position ids (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 import torch
@@ -24,7 +24,7 @@ _AXES: Final = 3
 _SUITS: Final = 8
 """Tokens along the side of a picture that suits the model, which takes any."""
 _NOTE: Final = "redteam_grids"
-"""Attribute of encoder outputs that holds the grids of their pictures, inside a session."""
+"""Attribute of encoder outputs that holds the grids of their pictures."""
 
 
 class QwenVL(Family):
@@ -113,6 +113,10 @@ class QwenVL(Family):
         return {"mm_token_type_ids": (ids == self.image_token_id).int()}
 
     # Vision tower -------------------------------------------------------------------------------
+
+    def note(self, encoded: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ANN401
+        """The grids of the pictures."""
+        setattr(encoded, _NOTE, inputs["image_grid_thw"])
 
     def tap(self, layers: Sequence[int] = (), *, stop: bool = False) -> VisionTap:
         """Hooks at the last block and others."""

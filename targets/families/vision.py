@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -263,7 +263,25 @@ class VisionTap:
 
     def _whole(self) -> bool:
         """Whether every layer was passed to its end."""
-        return all((number, "hidden") in self._seen for number in self._layers)
+        return self.covered(self._seen)
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Layers it captures."""
+        return frozenset(self._layers)
+
+    @property
+    def seen(self) -> dict[tuple[int, str], Tensor]:
+        """What hooks have kept so far, by layer and name, for `recall`."""
+        return dict(self._seen)
+
+    def covered(self, seen: Mapping[tuple[int, str], Tensor]) -> bool:
+        """Whether what another tap of this tower has kept holds all that this one captures."""
+        return all((number, "hidden") in seen for number in self._layers)
+
+    def recall(self, seen: Mapping[tuple[int, str], Tensor]) -> None:
+        """Take what another tap has kept for what the tower has computed just now."""
+        self._seen = {key: value for key, value in seen.items() if key[0] in self._layers}
 
     def clear(self) -> None:
         """Forget what was captured."""
@@ -279,13 +297,17 @@ class VisionTap:
             ]
             if one.value is not None:
                 self._handles.append(one.value.register_forward_hook(self._keep(number, "value")))
-        taps = self._tower.__dict__.setdefault(_TAPS, [])
-        taps.append(self)
+        self._listed()
         if self._stop:
             # Registered behind everybody's hooks on that layer, which have seen it then.
+            taps = open_taps(self._tower)
             every = {number: one for tap in taps for number, one in tap._layers.items()}
             self._handles.append(every[max(every)].layer.register_forward_hook(_end))
         return self
+
+    def _listed(self) -> None:
+        """Let `open_taps` know."""
+        self._tower.__dict__.setdefault(_TAPS, []).append(self)
 
     def __exit__(
         self,
@@ -326,6 +348,11 @@ class VisionTap:
         values = None if one.value is None else split("value")
         hidden = self._seen[number, "hidden"]
         return LayerPass(hidden, split("query"), split("key"), values, one.out)
+
+
+def open_taps(tower: Any) -> list[VisionTap]:  # noqa: ANN401 - modules of transformers
+    """Taps that listen to a tower now."""
+    return list(tower.__dict__.get(_TAPS, ()))
 
 
 def averaged(values: Tensor, keys: Tensor, scaling: float, times: int) -> Tensor:
