@@ -6,8 +6,10 @@ import gc
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TypeVar
 
+import psutil
 import torch
 
 from redteam.provenance import scrub
@@ -16,6 +18,8 @@ from reports.records import TrialError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+SHARE: Final = 0.6
+"""Of free memory that an estimate may fill: it knows nothing of fragments and of neighbours."""
 _TRACEBACK: Final = 8_000
 """Characters of a traceback that are kept, from its end."""
 
@@ -53,16 +57,42 @@ class Batcher:
     Args:
         size: largest batch.
         warn: told once each time a batch size is lowered.
+        free: bytes that are free, for a first batch as large as an estimate allows; None begins
+            with the largest.
     """
 
-    def __init__(self, size: int, warn: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(
+        self,
+        size: int,
+        warn: Callable[[str], None] = lambda message: None,
+        free: Callable[[], int] | None = None,
+    ) -> None:
         self.size = size
-        self._warn = warn
+        self._warn, self._free = warn, free
         self._fitting: dict[str, int] = {}
 
     def fitting(self, key: str) -> int:
         """Largest batch that is tried for a kind of work."""
         return self._fitting.get(key, self.size)
+
+    def foresee(self, key: str, where: str, each: int) -> None:
+        """Choose the first batch of a kind of work, unless one has been chosen.
+
+        Args:
+            key: kind of work.
+            where: what is being done, for people.
+            each: bytes that an item is estimated to need; 0 if nobody knows.
+        """
+        if self._free is None or each <= 0 or key in self._fitting:
+            return
+        free = self._free()
+        fits = max(1, min(self.size, int(SHARE * free / each)))
+        self._fitting[key] = fits
+        if fits < self.size:
+            self._warn(
+                f"batches of {fits} for {where}: {_size(each)} each are expected, {_size(free)} of "
+                "memory are free (engine.batch_size says otherwise)"
+            )
 
     def map(
         self,
@@ -71,6 +101,7 @@ class Batcher:
         where: str,
         names: Callable[[Item], str] = str,
         key: str | None = None,
+        each: int = 0,
     ) -> list[Result | Failure]:
         """One result or `Failure` for each item, in order.
 
@@ -84,8 +115,10 @@ class Batcher:
             where: what is being done, for the record.
             names: how errors name an item.
             key: kind of work that needs as much memory; None is `where`.
+            each: bytes that an item is estimated to need, see `foresee`.
         """
         key = where if key is None else key
+        self.foresee(key, where, each)
         found: list[Result | Failure] = []
         start = 0
         while start < len(items):
@@ -147,6 +180,35 @@ class Batcher:
         for item in batch:
             found += self.map([item], function, where, names, key)
         return found
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device, what torch keeps in reserve included.
+
+    On a CPU that is what the machine has, or the container if that is less.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + unused)
+    available = int(psutil.virtual_memory().available)
+    return min(available, _container_memory(available))
+
+
+def _container_memory(otherwise: int) -> int:
+    """Bytes that a control group (v2) leaves; `otherwise` where none limits."""
+    home = Path("/sys/fs/cgroup")
+    try:
+        limit = int((home / "memory.max").read_text())
+        used = int((home / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return otherwise
+    return max(0, limit - used)
 
 
 def _release(error: BaseException) -> None:

@@ -20,6 +20,7 @@ from redteam.scenario import Method, digest
 from reports.records import Answer
 
 if TYPE_CHECKING:
+    from attacks.base import Attack
     from defenses.detector import Traffic
     from defenses.guard import Guard
     from targets.compression.base import Compressor, Selection
@@ -126,6 +127,9 @@ class Asker:
         function: Callable[[Sequence[int]], Sequence[Result]],
         where: str,
         key: str = "",
+        *,
+        gradients: bool = False,
+        passes: int = 1,
     ) -> dict[int, Result | Failure]:
         """Apply a function to batches of indices whose pictures have one size.
 
@@ -134,15 +138,20 @@ class Asker:
             function: indices of a batch → as many results.
             where: what is being done, for the record of errors.
             key: what it is done with, as far as it decides how much memory is needed.
+            gradients: whether it keeps activations for them.
+            passes: of each picture that are held at once.
         """
         found: dict[int, Result | Failure] = {}
         for indices in of_one_size(shots):
+            shape = shots[indices[0]].pixels.shape
+            needs = self.model.footprint((shape[0], shape[1]))
             results = self.batcher.map(
                 indices,
                 function,
                 where,
                 names=lambda index: shots[index].sample.id,
-                key=f"{where}/{key}/{shots[indices[0]].pixels.shape}",
+                key=f"{where}/{key}/{shape}",
+                each=passes * (needs.gradient if gradients else needs.answer),
             )
             found.update(zip(indices, results, strict=True))
         return found
@@ -171,7 +180,25 @@ class Asker:
             return self._replies(chosen, compression, defense, imposed)
 
         through = "" if compression is None else compression.label
-        return self.each(shots, reply, where, f"{through}/{defense.label}")
+        passes = self._passes_of(defense, 1)
+        return self.each(shots, reply, where, f"{through}/{defense.label}", passes=passes)
+
+    def passes(self, attack: Attack, defense: Method | None, draws: int) -> int:
+        """Passes of a picture that a step of an attack holds at once, at most.
+
+        Args:
+            attack: any.
+            defense: that it goes through; None for none.
+            draws: of the defence in each call.
+        """
+        return attack.gradients_per_step * self._passes_of(defense, draws)
+
+    def _passes_of(self, defense: Method | None, draws: int) -> int:
+        from defenses.adaptive import passes_of
+        from defenses.base import Defense
+
+        made = None if defense is None else self.instance(defense)
+        return passes_of(made, draws) if isinstance(made, Defense) else 1
 
     def _replies(
         self,

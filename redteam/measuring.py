@@ -181,7 +181,7 @@ def _open(scenario: Scenario, target: Method, device: str) -> Asker:
     except TargetError as error:
         raise PlanError(str(target.problem(str(error)))) from error
     limit = scenario.answers.max_new_tokens
-    return Asker(model, Batcher(scenario.engine.batch_size), scenario.seed, limit)
+    return Asker(model, Batcher(scenario.engine.block), scenario.seed, limit)
 
 
 def _screened(scenario: Scenario, samples: Samples, device: str) -> tuple[Samples, dict[str, Any]]:
@@ -192,7 +192,7 @@ def _screened(scenario: Scenario, samples: Samples, device: str) -> tuple[Sample
     left_out: dict[str, str] = {}
     for target in scenario.targets:
         asker = _open(scenario, target, device)
-        left_out |= screen(asker, samples, rule, scenario.engine.batch_size)
+        left_out |= screen(asker, samples, rule, scenario.engine.block)
     if len(left_out) == len(samples):
         raise NothingSelected(str(scenario.dataset.problem(f"filter {rule} leaves no sample")))
     return without(samples, left_out), {"filter": described(rule, len(samples), left_out)}

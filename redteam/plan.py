@@ -118,7 +118,7 @@ class Plan:
 
     def units(self, count: int) -> Iterator[WorkUnit]:
         """All units on `count` samples: block by block, so that a stopped run is balanced."""
-        size = self.scenario.engine.batch_size
+        size = self.scenario.engine.block
         for target in self.scenario.targets:
             groups = [group for group in self.groups if group.target.label == target.label]
             for block, start in enumerate(range(0, count, size)):

@@ -114,18 +114,28 @@ class Gate(BaseModel):
     name: Label | None = None
 
 
+BLOCK: Final = 32
+"""Samples of a unit of work, unless a scenario says how many."""
+
+
 class EngineOptions(BaseModel):
     """How a run is executed; results do not depend on it beyond rounding."""
 
     model_config = _STRICT
 
     type: Literal["local", "ray"] = "local"
-    batch_size: Annotated[int, Interval(ge=1, le=4096)] = 32
+    batch_size: Literal["auto"] | Annotated[int, Interval(ge=1, le=4096)] = "auto"
+    """Pictures at a time; auto begins with what memory is estimated to hold, `BLOCK` at most."""
     device: str = "auto"
     workers: Literal["auto"] | Annotated[int, Interval(ge=1, le=4096)] = "auto"
     """Of Ray: processes; auto is one per GPU, or per two CPU cores."""
     address: str | None = None
     """Of Ray: an existing cluster, e.g. ``auto`` or ``ray://host:10001``; None starts one here."""
+
+    @property
+    def block(self) -> int:
+        """Samples of a unit of work, and most of a batch."""
+        return BLOCK if self.batch_size == "auto" else self.batch_size
 
     @model_validator(mode="after")
     def _only_ray(self) -> EngineOptions:

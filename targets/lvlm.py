@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from targets.decoding.base import Decoding
 from targets.errors import TargetError
 from targets.families import family_of
 from targets.families.base import Family
+from targets.footprint import Footprint, footprint
 from targets.pace import Pace, pace
 from targets.passes import Passes
 from targets.preprocessing import Layout
@@ -85,6 +87,7 @@ class LVLM:
         preprocess = family.preprocessing(processor)
         self._passes = Passes(family, preprocess, PromptBook(processor, family))
         self._processor, self._tokenizer = processor, processor.tokenizer
+        self._footprint = functools.lru_cache(maxsize=64)(self._estimate)
         self.identity: dict[str, str] = dict(identity or {"class": type(model).__name__})
 
     @classmethod
@@ -165,6 +168,16 @@ class LVLM:
     def layout(self, size: tuple[int, int]) -> Layout:
         """The visual tokens of a picture of this height and width."""
         return self._passes.layout(size)
+
+    def footprint(self, size: tuple[int, int]) -> Footprint:
+        """Roughly what one picture of this height and width needs of memory."""
+        return self._footprint(size)
+
+    def _estimate(self, size: tuple[int, int]) -> Footprint:
+        blank = torch.zeros(1, 3, *size, device=self.device)
+        with torch.no_grad():
+            inputs, layout, _ = self._passes.inputs(blank)
+        return footprint(self.family, inputs, layout.placeholders)
 
     def answer(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from redteam.adaptive import adapt
-from redteam.batching import Batcher, Failure
+from redteam.batching import Batcher, Failure, free_memory
 from redteam.batching import failure as failure_of
 from redteam.cache import NOTE, Entry, ImageCache, key_of
 from redteam.calibrating import Calibrator, Watched, batch_of, evading, watch
@@ -91,6 +91,8 @@ class LocalEngine:
         calibration: Samples | None = None,
         cache: ImageCache | None = None,
     ) -> None:
+        import torch
+
         from targets.loading import resolve_device
 
         self._plan, self._samples, self._warn = plan, samples, warn
@@ -102,7 +104,9 @@ class LocalEngine:
         except TargetError as error:
             raise PlanError(f"engine.device: {error}") from error
         self._calibrator = Calibrator(plan.scenario, calibration, warn)
-        self._batcher = Batcher(plan.scenario.engine.batch_size, warn)
+        options, place = plan.scenario.engine, torch.device(self.device)
+        free = (lambda: free_memory(place)) if options.batch_size == "auto" else None
+        self._batcher = Batcher(options.block, warn, free)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
         self._asker: Asker | None = None
         self._loaded = ""
@@ -154,7 +158,7 @@ class LocalEngine:
         targets = self._plan.scenario.targets
         found: dict[str, str] = {}
         for target in reversed(targets):  # the first stays loaded, as after `prepare`
-            block = self._plan.scenario.engine.batch_size
+            block = self._plan.scenario.engine.block
             for name, why in screen(self._open(target), self._samples, rule, block).items():
                 found[name] = f"{target.label}: {why}" if len(targets) > 1 else why
         self._samples = without(self._samples, found)
@@ -404,7 +408,15 @@ class LocalEngine:
         keys = self._keys(asker, group, shots)
         results = self._recall(keys)
         missing = {index: shot for index, shot in shots.items() if index not in results}
-        made = asker.each(missing, run, where, key=group.id)
+        passes = asker.passes(asker.instance(group.attack), group.defense, group.attack.draws)
+        made = asker.each(
+            missing,
+            run,
+            where,
+            key=group.id,
+            gradients=bool(group.gradients),
+            passes=passes * max(1, len(group.surrogates)),
+        )
         self._remember(keys, made)
         results |= made
         found |= {index: one for index, one in results.items() if isinstance(one, Failure)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from redteam.batching import Batcher, Failure, failure
+from redteam.batching import Batcher, Failure, failure, free_memory
 from redteam.provenance import command_line, scrub
 
 
@@ -140,3 +140,55 @@ def test_no_private_path_is_recorded() -> None:
     assert scrub(f"{home}/x") == "~/x"
     line = command_line(["run", "/a/b/c.yaml", "--set", "x=a b"])
     assert line == "redteam run '…/c.yaml' --set 'x=a b'"
+
+
+def test_the_first_batch_is_what_an_estimate_fits_into_memory() -> None:
+    calls: list[int] = []
+    said: list[str] = []
+
+    def sizes(batch: Sequence[int]) -> list[int]:
+        calls.append(len(batch))
+        return list(batch)
+
+    batcher = Batcher(8, said.append, free=lambda: 1000)
+    batcher.map(range(8), sizes, "large work", each=200)
+    batcher.map(range(8), sizes, "small work", each=1)
+    batcher.map(range(8), sizes, "unknown work")
+    batcher.map(range(3), sizes, "work for nobody's memory", each=10_000)
+    assert calls == [3, 3, 2, 8, 8, 1, 1, 1]
+    assert len(said) == 2, "told once for each kind, and not where nothing changes"
+    assert "batches of 3 for large work" in said[0]
+
+
+def test_an_estimate_is_asked_once_and_running_out_counts_more() -> None:
+    asked: list[int] = []
+
+    def free() -> int:
+        asked.append(1)
+        return 10_000
+
+    def needy(batch: Sequence[int]) -> list[int]:
+        if len(batch) > 2:
+            raise MemoryError
+        return list(batch)
+
+    batcher = Batcher(8, free=free)
+    for _ in range(2):
+        assert batcher.map(range(8), needy, "work", each=1) == list(range(8))
+    assert asked == [1]
+    assert batcher.fitting("work") == 2
+
+
+def test_a_number_in_the_scenario_is_begun_with_whatever_memory_there_is() -> None:
+    calls: list[int] = []
+
+    def sizes(batch: Sequence[int]) -> list[int]:
+        calls.append(len(batch))
+        return list(batch)
+
+    Batcher(8).map(range(8), sizes, "work", each=10**18)
+    assert calls == [8]
+
+
+def test_free_memory_is_of_this_machine() -> None:
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
