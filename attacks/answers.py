@@ -7,6 +7,7 @@ asks a view for them, whatever mixture of closed and open questions a batch is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attacks.errors import AttackError
+from attacks.goal import End
 from attacks.objectives import answer_divergence
 from targets.base import Batch, Path, WhiteBoxView
 
@@ -105,6 +107,13 @@ class Aim:
     full_weight: float = 1.0
     preserve_weight: float = 0.0
 
+    @property
+    def end(self) -> End:
+        """When a sample is broken: what `attacks.goal.Judge` is to look for."""
+        if self.path == "compressed" and self.preserve_weight > 0:
+            return "compression_only"
+        return self.path
+
     def check(self, name: str) -> None:
         """Refuse what contradicts itself, on behalf of the attack of this name."""
         if self.preserve_weight > 0 and self.path != "compressed":
@@ -129,6 +138,14 @@ class AnswerLoss:
         aim: what is wanted.
         targets: of each sample the wanted answer, or None; with ``margin`` and ``dlr`` one of its
             options.
+        watched: also say in `hold` how firmly right answers hold. With ``ce`` this takes a forward
+            pass, in which the answers' tokens are counted.
+
+    Attributes:
+        hold: detached ``[B]``, of the last images and the path that is to fail, of two the firmer:
+            the margin of the right option, or the log-odds of the right answer; with a target and
+            ``ce`` minus the log-odds of the target. Only below 0 can an answer be wrong, except
+            with a target. None unless `watched`.
 
     Raises:
         AttackError: the right answer or a target is not among a sample's options.
@@ -140,15 +157,17 @@ class AnswerLoss:
         batch: Batch,
         aim: Aim,
         targets: Sequence[str | None] | None = None,
+        *,
+        watched: bool = False,
     ) -> None:
-        self.view, self.batch, self.aim = view, batch, aim
+        self.view, self.batch, self.aim, self.watched = view, batch, aim, watched
         self.targets = tuple(targets) if targets is not None else (None,) * len(batch.ids)
         self.notes: list[str] = []
+        self.hold: Tensor | None = None
         both: dict[Path, float] = {"compressed": 1.0, "full": aim.full_weight}
         self._weights = both if aim.path == "both" else {aim.path: 1.0}
-        self._parts = [self._likelihood()] if aim.loss == "ce" else list(self._compared())
-        rows = torch.tensor([row for part in self._parts for row in part.rows])
-        self._order = rows.argsort().to(batch.images.device)
+        self._lengths = self._count_tokens()
+        self._arrange()
         self._clean = None
         if aim.preserve_weight > 0:
             with torch.no_grad():
@@ -158,31 +177,75 @@ class AnswerLoss:
         """The loss ``[B]`` of images ``[B, 3, H, W]``, the same at every step."""
         del step
         total = torch.zeros(len(images), device=images.device)
+        holds = []
         for path, weight in self._weights.items():
             found = [part.loss(images, path) for part in self._parts]
-            total = total + weight * torch.cat(found)[self._order]
+            total = total + weight * torch.cat([loss for loss, _ in found])[self._order]
+            holds.append(torch.cat([hold for _, hold in found])[self._order])
+        if self.watched:
+            self.hold = torch.stack(holds).amax(0)
         if self._clean is not None:
             logprobs, positions = self.view.answer_logprobs(
                 images, self.batch.questions, self.batch.answers
             )
-            drift = answer_divergence(self._clean, logprobs, positions)
+            # Some of the samples may have shorter answers than all of them had.
+            clean = self._clean[:, : logprobs.shape[1]]
+            drift = answer_divergence(clean, logprobs, positions)
             total = total + self.aim.preserve_weight * drift
         return total
 
+    def of(self, rows: Sequence[int]) -> AnswerLoss:
+        """The loss of some of its samples; takes no pass."""
+        places = list(rows)
+        some = copy.copy(self)
+        some.batch = self.batch.rows(places)
+        some.targets = tuple(self.targets[row] for row in places)
+        some._lengths = self._lengths[places]
+        some._clean = None if self._clean is None else self._clean[places]
+        some.hold = None if self.hold is None else self.hold[places]
+        some._arrange()
+        return some
+
+    def _arrange(self) -> None:
+        """Put samples whose loss is computed together into parts."""
+        self._parts = [self._likelihood()] if self.aim.loss == "ce" else list(self._compared())
+        rows = torch.tensor([row for part in self._parts for row in part.rows])
+        self._order = rows.argsort().to(self.batch.images.device)
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        """What is made likelier or less likely: the target, or the right answer."""
+        pairs = zip(self.targets, self.batch.answers, strict=True)
+        return tuple(answer if target is None else target for target, answer in pairs)
+
+    def _count_tokens(self) -> Tensor:
+        """Tokens of each text ``[B]``, end token included; 0 where a mean is no sum anyway."""
+        batch = self.batch
+        lengths = torch.zeros(len(batch.ids), dtype=torch.long, device=batch.images.device)
+        rows = list(range(len(batch.ids))) if self.watched else []
+        if self.aim.loss != "ce":
+            counts = by_count(batch, range(len(batch.ids)))
+            rows = sorted(row for count, some in counts.items() if count < 2 for row in some)
+        if rows:
+            some, texts = batch.rows(rows), tuple(self._texts[row] for row in rows)
+            with torch.no_grad():
+                _, real = self.view.answer_logprobs(some.images, some.questions, texts)
+            lengths[rows] = real.sum(1).to(lengths)
+        return lengths
+
     def _likelihood(self) -> _Part:
         """Log-likelihood of right answers, negative log-likelihood of targets."""
-        batch, view = self.batch, self.view
-        pairs = list(zip(self.targets, batch.answers, strict=True))
-        texts = tuple(answer if target is None else target for target, answer in pairs)
-        signs = torch.tensor([-1.0 if target is None else 1.0 for target, _ in pairs])
+        batch, view, texts = self.batch, self.view, self._texts
+        signs = torch.tensor([-1.0 if target is None else 1.0 for target in self.targets])
         signs = signs.to(batch.images.device)
 
-        def loss(images: Tensor, path: Path) -> Tensor:
+        def loss(images: Tensor, path: Path) -> tuple[Tensor, Tensor]:
             through = path == "compressed"
             nll = view.answer_nll(
                 images, batch.questions, texts, path=path, straight_through=through
             )
-            return signs * nll
+            odds = log_odds(-nll.detach() * self._lengths) if self.watched else nll.detach()
+            return signs * nll, -signs * odds
 
         return _Part(tuple(range(len(batch.ids))), loss)
 
@@ -216,7 +279,7 @@ class AnswerLoss:
         wanted = [self.targets[row] for row in rows]
         target = _places(batch, wanted).to(right) if targeted else None
 
-        def loss(images: Tensor, path: Path) -> Tensor:
+        def loss(images: Tensor, path: Path) -> tuple[Tensor, Tensor]:
             scores = view.option_logprobs(
                 _select(images, rows),
                 batch.questions,
@@ -224,20 +287,19 @@ class AnswerLoss:
                 path=path,
                 straight_through=path == "compressed",
             )
+            hold = option_margin(scores.detach(), right)
             if target is not None:
-                return (targeted_dlr if ratio else option_gap)(scores, right, target)
-            return (dlr if ratio else option_margin)(scores, right)
+                return (targeted_dlr if ratio else option_gap)(scores, right, target), hold
+            return (dlr if ratio else option_margin)(scores, right), hold
 
         return _Part(tuple(rows), loss)
 
     def _odds(self, rows: Sequence[int]) -> _Part:
         """Log-odds of right answers; the number of their tokens makes a sum of the mean."""
         batch, view = self.batch.rows(rows), self.view
-        with torch.no_grad():
-            _, real = view.answer_logprobs(batch.images, batch.questions, batch.answers)
-        lengths = real.sum(1)
+        lengths = self._lengths[list(rows)]
 
-        def loss(images: Tensor, path: Path) -> Tensor:
+        def loss(images: Tensor, path: Path) -> tuple[Tensor, Tensor]:
             nll = view.answer_nll(
                 _select(images, rows),
                 batch.questions,
@@ -245,7 +307,8 @@ class AnswerLoss:
                 path=path,
                 straight_through=path == "compressed",
             )
-            return log_odds(-nll * lengths)
+            odds = log_odds(-nll * lengths)
+            return odds, odds.detach()
 
         return _Part(tuple(rows), loss)
 
@@ -259,7 +322,8 @@ class _Part:
     """Samples whose loss is computed together."""
 
     rows: tuple[int, ...]
-    loss: Callable[[Tensor, Path], Tensor]  # images of the whole batch -> [rows]
+    loss: Callable[[Tensor, Path], tuple[Tensor, Tensor]]
+    """Images of the whole batch -> loss and, detached, `AnswerLoss.hold`, ``[rows]`` each."""
 
 
 def right_options(batch: Batch) -> Tensor:

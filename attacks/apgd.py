@@ -14,6 +14,7 @@ from attacks.answers import Aim, AnswerLoss, wrong_options
 from attacks.autostep import autostep
 from attacks.base import Attack, Proposal
 from attacks.budget import Budget
+from attacks.early_exit import EarlyExit, questions
 from attacks.seeds import SeedBank
 from targets.base import Batch, Knowledge, WhiteBoxView
 
@@ -52,21 +53,25 @@ class APGD(Attack):
         restarts: random starts of each run, best loss kept per sample, ≥ 1.
         random_start: begin at a random point of the ball; restarts after the first always do.
         norm: norm of the ball.
+        stop_when_broken: a sample leaves at the first image that breaks it, see `attacks.pgd.PGD`,
+            and is not run in later restarts or at later targets.
 
     Raises:
-        AttackError: `preserve_weight` with another path than ``compressed``; a right answer that
-            is not among its options; see also `attacks.autostep.autostep`.
+        AttackError: `preserve_weight` with another path than ``compressed``; `stop_when_broken`
+            against a defence that draws; a right answer that is not among its options; see also
+            `attacks.autostep.autostep`.
 
     *Differs from the paper in …*: every iterate is judged as the 8-bit image that will be saved,
     while the walk itself stays in floating point; the first of several starts is uniform in the
     ball; a checkpoint acts as soon as the losses it looks at are known; options stand in for
-    classes; samples broken by one run are not left out of the next, since what counts as broken is
-    decided outside the attack.
+    classes; samples broken by one run are left out of the next, and of the rest of their own, only
+    with `stop_when_broken`.
     """
 
     name: ClassVar[str] = "apgd"
     takes_penalty: ClassVar[bool] = True
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
+    later: ClassVar[tuple[str, ...]] = ("stop_when_broken",)
 
     path: Literal["full", "compressed", "both"] = "full"
     full_weight: Annotated[float, Ge(0)] = 1.0
@@ -77,6 +82,7 @@ class APGD(Attack):
     restarts: Annotated[int, Ge(1)] = 1
     random_start: bool = True
     norm: Literal["linf", "l2"] = "linf"
+    stop_when_broken: bool = False
 
     def __post_init__(self) -> None:
         """Check the options, then that they agree."""
@@ -98,14 +104,22 @@ class APGD(Attack):
         return self.path != "full"
 
     @property
+    def stops_early(self) -> bool:
+        """With `stop_when_broken`."""
+        return self.stop_when_broken
+
+    @property
     def gradients_per_step(self) -> int:
         """Two where the loss looks at both paths."""
         return 2 if self.path == "both" or self.preserve_weight else 1
 
     def budget(self, epsilon: float) -> Budget:
-        """Radius, norm, steps, and restarts of all targets together."""
+        """Radius, norm, steps, and restarts of all targets together; questions of early exit."""
         restarts = self.restarts * max(self.targets, 1)
-        return Budget(epsilon, self.norm, None, self.steps, restarts)
+        budget = Budget(epsilon, self.norm, None, self.steps, restarts)
+        if not self.stop_when_broken:
+            return budget
+        return replace(budget, queries=questions(self._aim, budget))
 
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Run without a target, or once for each of them."""
@@ -122,9 +136,10 @@ class APGD(Attack):
         rng: SeedBank,
         targets: Sequence[str | None] | None = None,
     ) -> Proposal:
-        objective = AnswerLoss(view, batch, self._aim, targets)
+        loss = AnswerLoss(view, batch, self._aim, targets, watched=self.stop_when_broken)
+        objective = EarlyExit.on(loss) if self.stop_when_broken else loss
         found = autostep(objective, batch, budget, rng, random_start=self.random_start)
-        return replace(found, notes=tuple(objective.notes))
+        return replace(found, notes=tuple(loss.notes))
 
     def _targeted(
         self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank
@@ -135,12 +150,17 @@ class APGD(Attack):
         best = self._descend(view, batch, budget, rng.child("target 0"), first)
         lowest = self._margin(view, batch, best.images)
         for number in range(1, max(map(len, wrong))):
-            rows = [row for row, one in enumerate(wrong) if number < len(one)]
+            done = best.done.tolist() if best.done is not None else [False] * len(wrong)
+            rows = [row for row, one in enumerate(wrong) if number < len(one) and not done[row]]
+            if not rows:
+                continue
             some, aims = batch.rows(rows), [wrong[row][number] for row in rows]
             own = SeedBank([rng.seeds[row] for row in rows], rng.device).child(f"target {number}")
             found = self._descend(view, some, budget, own, aims)
             reached = self._margin(view, some, found.images)
             take = reached < lowest[rows]
+            if found.done is not None:
+                take |= found.done
             best = _replaced(best, rows, found, take)
             lowest[rows] = torch.where(take, reached, lowest[rows])
         if all(wrong):
@@ -164,4 +184,7 @@ def _replaced(best: Proposal, rows: Sequence[int], found: Proposal, take: Tensor
         None if old is None or new is None else old.index_copy(1, where, new[:, take])
         for old, new in ((best.loss, found.loss), (best.gradient, found.gradient))
     ]
-    return replace(best, images=images, loss=traces[0], gradient=traces[1])
+    done = best.done
+    if done is not None and found.done is not None:
+        done = done.index_copy(0, where, found.done[take])
+    return replace(best, images=images, loss=traces[0], gradient=traces[1], done=done)

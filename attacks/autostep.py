@@ -2,7 +2,8 @@
 
 Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks" (arXiv 2003.01690), algorithm 1. Like `attacks.descent.descend` it judges
-8-bit images and keeps the best; samples do not depend on their neighbours.
+8-bit images and keeps the best, and lets samples go that are done; samples do not depend on their
+neighbours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from attacks.base import Proposal
 from attacks.budget import Budget, project
-from attacks.descent import Objective, Run, best_restart, direction, evaluate, pad
+from attacks.descent import Objective, Run, Work, best_restart, direction, evaluate
 from attacks.seeds import SeedBank
 from targets.base import Batch
 
@@ -67,28 +68,32 @@ def autostep(
         AttackError: the loss does not depend on the image, or a loss or gradient is not finite.
     """
 
-    def run(begin: Tensor) -> Run:
-        return _run(objective, batch, budget, begin, mask)
+    def run(work: Work, begin: Tensor) -> Run:
+        return _run(work, Run.blank(batch.images, budget), budget, begin)
 
     first = None if random_start else batch.images
-    best = best_restart(run, batch.images, budget, rng, mask, first)
-    return Proposal(best.images, best.loss, best.gradient, mask)
+    best = best_restart(run, Work.all(objective, batch, mask), budget, rng, first)
+    return best.proposal(mask)
 
 
 class _Best:
-    """Per sample the best iterate so far: as saved, as walked on, and the gradient there."""
+    """Per sample the best point walked on so far, and the gradient there."""
 
     def __init__(self, start: Tensor) -> None:
         self.loss = torch.full((len(start),), math.inf, device=start.device)
-        self.saved, self.walked, self.gradient = start, start, torch.zeros_like(start)
+        self.walked, self.gradient = start, torch.zeros_like(start)
 
-    def see(self, saved: Tensor, walked: Tensor, loss: Tensor, gradient: Tensor) -> None:
+    def see(self, walked: Tensor, loss: Tensor, gradient: Tensor) -> None:
         take = loss < self.loss
         self.loss = torch.where(take, loss, self.loss)
         here = take.view(-1, 1, 1, 1)
-        self.saved = torch.where(here, saved, self.saved)
         self.walked = torch.where(here, walked, self.walked)
         self.gradient = torch.where(here, gradient, self.gradient)
+
+    def only(self, stay: Tensor) -> None:
+        """Forget samples that are done."""
+        self.loss, self.walked = self.loss[stay], self.walked[stay]
+        self.gradient = self.gradient[stay]
 
 
 class _Sizes:
@@ -101,8 +106,14 @@ class _Sizes:
         self._halved = torch.ones_like(like, dtype=torch.bool)  # there is nothing to compare yet
         self._last = 0
 
-    def check(self, step: int, losses: list[Tensor], best: Tensor) -> Tensor:
+    def only(self, stay: Tensor) -> None:
+        """Forget samples that are done."""
+        self.size, self._best, self._halved = self.size[stay], self._best[stay], self._halved[stay]
+
+    def check(self, step: int, losses: Tensor, best: Tensor) -> Tensor:
         """Halve where due; True where a sample has to go back to its best iterate, ``[B]``.
+
+        Losses are ``[T + 1, B]``, known up to this step; `best` is the lowest so far, ``[B]``.
 
         Condition 1: fewer than rho of the steps since the last checkpoint improved on the step
         before. Condition 2: neither step size nor best loss changed since then.
@@ -111,7 +122,7 @@ class _Sizes:
             self._best = best
         if step not in self._due:
             return torch.zeros_like(self._halved)
-        stretch = torch.stack(losses[self._last : step + 1])  # [steps + 1, B]
+        stretch = losses[self._last : step + 1]
         improved = (stretch[1:] < stretch[:-1]).sum(0)
         stuck = improved < RHO * (step - self._last)
         stuck |= ~self._halved & (best == self._best)
@@ -120,32 +131,32 @@ class _Sizes:
         return stuck
 
 
-def _run(
-    objective: Objective, batch: Batch, budget: Budget, start: Tensor, mask: Tensor | None
-) -> Run:
-    clean = batch.images
+def _run(work: Work, run: Run, budget: Budget, start: Tensor) -> Run:
     images = previous = start
-    best, sizes = _Best(clean), _Sizes(budget, clean[:, 0, 0, 0])
-    losses: list[Tensor] = []
-    slopes: list[Tensor] = []
+    best, sizes = _Best(start), _Sizes(budget, start[:, 0, 0, 0])
     for step in range(budget.steps + 1):
-        saved, loss, gradient = evaluate(objective, batch, images, budget, step)
-        if mask is not None:
-            gradient = gradient * mask
-        losses.append(loss)
-        best.see(saved, images, loss, gradient)
+        seen = evaluate(work.objective, work.batch, images, budget, step)
+        gradient = seen.gradient if work.mask is None else seen.gradient * work.mask
+        done = run.judge(work, seen, step)
+        best.see(images, seen.loss, gradient)
         if step == budget.steps:
             break
-        slopes.append(gradient.abs().flatten(1).amax(1))
-        back = sizes.check(step, losses, best.loss).view(-1, 1, 1, 1)
+        if done is not None:
+            if bool(done.all()):
+                break
+            work, stay = work.only(~done), ~done
+            images, previous, gradient = images[stay], previous[stay], gradient[stay]
+            best.only(stay)
+            sizes.only(stay)
+        run.slope(work, gradient, step)
+        back = sizes.check(step, run.loss[:, work.rows], best.loss).view(-1, 1, 1, 1)
         images = torch.where(back, best.walked, images)
         gradient = torch.where(back, best.gradient, gradient)
         ahead = images - sizes.size.view(-1, 1, 1, 1) * direction(gradient, budget)
+        clean = work.batch.images
         moved = project(clean, ahead, budget)
         if step > 0:
             blend = MOMENTUM * (moved - images) + (1 - MOMENTUM) * (images - previous)
             moved = project(clean, images + blend, budget)
         images, previous = moved, images
-    return Run(
-        best.saved, best.loss, pad(losses, budget.steps + 1, loss), pad(slopes, budget.steps, loss)
-    )
+    return run

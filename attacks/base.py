@@ -49,6 +49,9 @@ class Proposal:
             place of those of `loss` and `gradient`.
         forwards: passes of one picture through a model, per sample, that went through no view.
         backwards: gradients taken through these.
+        done: bool ``[B]``, samples that left before the last step because they had reached what
+            the attack wants (`attacks.descent.Ending`); None: none did. Checks of `loss` and
+            `gradient`, which look for signs that an attack failed, leave them out.
     """
 
     images: Tensor
@@ -60,6 +63,7 @@ class Proposal:
     checks: tuple[tuple[str, ...], ...] | None = None
     forwards: int = 0
     backwards: int = 0
+    done: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,9 @@ class Attack(ABC):
     can be made to evade a detector as well (`attacks.evade`)."""
     undecoded: ClassVar[bool] = False
     """Whether it looks at the model's own distributions, which no decoding method changes."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Options that came after runs had been recorded. At their defaults they are no part of what
+    ids and seeds are made of, so that what was made before keeps its name."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -136,6 +143,14 @@ class Attack(ABC):
         depend on it all the same.
         """
         return self.needs in _COMPRESSION_AWARE
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a sample is left alone once the target answers it wrong.
+
+        Against a defence that draws at random such an attack is not run adaptively.
+        """
+        return False
 
     @property
     def gradients_per_step(self) -> int:
@@ -315,8 +330,9 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
     losses = _columns(proposal.loss, count)
     checks = proposal.checks
     if checks is None:
-        pairs = zip(losses, _columns(proposal.gradient, count), strict=True)
-        checks = tuple(run_checks(*pair) for pair in pairs)
+        done = [False] * count if proposal.done is None else proposal.done.tolist()
+        parts = zip(losses, _columns(proposal.gradient, count), done, strict=True)
+        checks = tuple(() if won else run_checks(loss, slopes) for loss, slopes, won in parts)
     return AttackResult(
         images=images,
         loss=[_thin([value for value in column if not math.isnan(value)]) for column in losses],

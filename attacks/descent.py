@@ -1,15 +1,16 @@
 """The loop all gradient attacks share: projected descent with a sign or l2 step, best iterate kept.
 
 The loss of a batch is summed, so every sample descends on its own and none depends on its
-neighbours. Everything is per sample: start, best iterate, freezing, trace.
+neighbours. Everything is per sample: start, best iterate, trace. Where the objective says when a
+sample is done (`Ending`), that sample leaves, and the others go on as a smaller batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,8 +22,6 @@ from attacks.seeds import SeedBank
 from targets.base import Batch
 
 Schedule = Literal["constant", "cosine", "halving"]
-Stop = Callable[[Tensor, Tensor], Tensor]
-"""``(images [B, 3, H, W], loss [B]) -> bool [B]``: samples that are done and stay as they are."""
 
 
 class Objective(Protocol):
@@ -30,6 +29,30 @@ class Objective(Protocol):
 
     def __call__(self, images: Tensor, step: int) -> Tensor:
         """Loss ``[B]`` of images ``[B, 3, H, W]``; `step` runs from 0 to `steps` inclusive."""
+        ...
+
+
+@runtime_checkable
+class Ending(Objective, Protocol):
+    """An objective that knows when a sample is done, and can go on without it.
+
+    A sample that is done keeps the iterate that made it so, whatever its loss, and is not run
+    again, in later restarts neither.
+    """
+
+    def done(self, images: Tensor, loss: Tensor, may: Tensor) -> Tensor:
+        """Which samples are done: bool ``[B]``; asked after every step that is judged.
+
+        Args:
+            images: ``[B, 3, H, W]``, those just judged.
+            loss: ``[B]`` of them, the penalty included.
+            may: bool ``[B]``, False for samples that have to go on whatever they have reached,
+                because their penalty (`Batch.penalty`) is not 0.
+        """
+        ...
+
+    def of(self, rows: Sequence[int]) -> Ending:
+        """The objective of some of its samples, which carries on where this one is."""
         ...
 
 
@@ -47,7 +70,6 @@ class Descent:
         rounded: judge every iterate as the 8-bit image that would be saved, passing the gradient
             straight through the rounding. Off, the float iterate is judged.
         judge_every: only every n-th step, and the last, has a loss that can be compared.
-        stop: freezes samples for which it returns True.
     """
 
     momentum: float = 0.0
@@ -56,7 +78,6 @@ class Descent:
     random_start: bool = True
     rounded: bool = True
     judge_every: int = 1
-    stop: Stop | None = None
 
 
 def step_scale(schedule: Schedule, step: int, steps: int) -> float:
@@ -99,28 +120,86 @@ def descend(
     how = how or Descent()
     first = start if start is not None or how.random_start else batch.images
 
-    def run(begin: Tensor) -> Run:
-        return _run(objective, batch, budget, begin, how, mask)
+    def run(work: Work, begin: Tensor) -> Run:
+        return _run(work, Run.blank(batch.images, budget), budget, begin, how)
 
-    best = best_restart(run, batch.images, budget, rng, mask, first)
-    return Proposal(best.images, best.loss, best.gradient, mask)
+    best = best_restart(run, Work.all(objective, batch, mask), budget, rng, first)
+    return best.proposal(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The samples that are still at work, packed into a batch of their own.
+
+    Attributes:
+        objective: of these b samples.
+        batch: they.
+        mask: ``[b, 1, H, W]``, or None.
+        rows: long ``[b]``, where they stand in the whole batch.
+    """
+
+    objective: Objective
+    batch: Batch
+    mask: Tensor | None
+    rows: Tensor
+
+    @classmethod
+    def all(cls, objective: Objective, batch: Batch, mask: Tensor | None) -> Work:
+        """The whole batch."""
+        rows = torch.arange(len(batch.ids), device=batch.images.device)
+        return cls(objective, batch, mask, rows)
+
+    def ended(self, seen: Seen) -> Tensor | None:
+        """Which of them are done, bool ``[b]``; None if none is."""
+        if not isinstance(self.objective, Ending):
+            return None
+        fine = torch.ones_like(seen.loss, dtype=torch.bool)
+        may = fine if seen.penalty is None else seen.penalty <= 0
+        done = self.objective.done(seen.images, seen.loss, may) & may
+        return done if bool(done.any()) else None
+
+    def only(self, stay: Tensor) -> Work:
+        """Those for which `stay`, bool ``[b]``, holds."""
+        if not isinstance(self.objective, Ending):
+            raise AttackError("this objective cannot go on without some of its samples")
+        places = stay.nonzero()[:, 0]
+        rows = places.tolist()
+        mask = None if self.mask is None else self.mask[places]
+        return Work(self.objective.of(rows), self.batch.rows(rows), mask, self.rows[places])
 
 
 def best_restart(
-    run: Callable[[Tensor], Run],
-    clean: Tensor,
+    run: Callable[[Work, Tensor], Run],
+    work: Work,
     budget: Budget,
     rng: SeedBank,
-    mask: Tensor | None,
     first: Tensor | None,
 ) -> Run:
-    """The best of several runs per sample, the first from `first`, others from random points."""
+    """The best of several runs per sample, the first from `first`, others from random points.
+
+    Args:
+        run: one run of some samples from points ``[b, 3, H, W]``.
+        work: the whole batch; later runs have what is not done.
+        budget: the ball, and how many runs.
+        rng: randomness of the starts.
+        first: ``[B, 3, H, W]``; None begins at a random point too.
+    """
     found = None
     for index in range(budget.restarts):
         begin = first if index == 0 else None
         if begin is None:
-            begin = random_point(clean, budget, rng.child(f"restart {index}"), mask)
-        found = run(begin) if found is None else better(found, run(begin))
+            # For all, done or not: each sample's stream gives what it would give alone.
+            own = rng.child(f"restart {index}")
+            begin = random_point(work.batch.images, budget, own, work.mask)
+        if found is None:
+            found = run(work, begin)
+        elif not bool(found.done.any()):
+            found = better(found, run(work, begin))
+        elif bool(found.done.all()):
+            break
+        else:
+            left = work.only(~found.done)
+            found = better(found, run(left, begin[left.rows]))
     if found is None:
         raise AttackError(f"restarts is {budget.restarts}; allowed: at least 1")
     return found
@@ -128,65 +207,92 @@ def best_restart(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What came of one start, per sample: best judged iterate, its loss, the traces."""
+    """What came of one start, per sample of the whole batch; written in place as it goes on.
 
-    images: Tensor  # [B, 3, H, W]
-    best: Tensor  # [B]
-    loss: Tensor  # [T + 1, B]
-    gradient: Tensor  # [T, B]
+    Attributes:
+        images: ``[B, 3, H, W]`` best judged iterate, or the one with which the sample was done.
+        best: ``[B]`` its loss; infinite where nothing was judged.
+        loss: ``[T + 1, B]``, NaN where nothing was judged.
+        gradient: ``[T, B]``, NaN where none was taken.
+        done: bool ``[B]``, see `Ending`.
+    """
+
+    images: Tensor
+    best: Tensor
+    loss: Tensor
+    gradient: Tensor
+    done: Tensor
+
+    @classmethod
+    def blank(cls, clean: Tensor, budget: Budget) -> Run:
+        """Before the first step."""
+        count = len(clean)
+        return cls(
+            clean.clone(),
+            clean.new_full((count,), math.inf),
+            clean.new_full((budget.steps + 1, count), math.nan),
+            clean.new_full((budget.steps, count), math.nan),
+            torch.zeros(count, dtype=torch.bool, device=clean.device),
+        )
+
+    def judge(self, work: Work, seen: Seen, step: int) -> Tensor | None:
+        """Note what was judged at a step; which of these samples are done, None if none is."""
+        rows, done = work.rows, work.ended(seen)
+        best = self.best[rows]
+        take = seen.loss < best
+        if done is not None:
+            # A sample that is done keeps the iterate that made it so, whatever its loss.
+            take = take | done
+            self.done[rows] = done
+        self.loss[step, rows] = seen.loss
+        self.best[rows] = torch.where(take, seen.loss, best)
+        here = take.view(-1, 1, 1, 1)
+        self.images[rows] = torch.where(here, seen.images, self.images[rows])
+        return done
+
+    def slope(self, work: Work, gradient: Tensor, step: int) -> None:
+        """Note the largest absolute pixel gradient of a step."""
+        self.gradient[step, work.rows] = gradient.abs().flatten(1).amax(1)
+
+    def proposal(self, mask: Tensor | None) -> Proposal:
+        """What `propose` returns."""
+        return Proposal(self.images, self.loss, self.gradient, mask, done=self.done)
 
 
 def better(one: Run, two: Run) -> Run:
-    """Of each sample the run with the lower loss."""
-    take = two.best < one.best
+    """Of each sample the run with the lower loss, or in which it was done at last."""
+    take = two.done | (two.best < one.best)
     return Run(
         torch.where(take.view(-1, 1, 1, 1), two.images, one.images),
         torch.where(take, two.best, one.best),
         torch.where(take, two.loss, one.loss),
         torch.where(take, two.gradient, one.gradient),
+        one.done | two.done,
     )
 
 
-def _run(
-    objective: Objective,
-    batch: Batch,
-    budget: Budget,
-    start: Tensor,
-    how: Descent,
-    mask: Tensor | None,
-) -> Run:
-    clean, count = batch.images, len(batch.images)
-    images = start.clone()
-    kept = clean.clone()
-    best = torch.full((count,), math.inf, device=clean.device)
-    frozen = torch.zeros(count, dtype=torch.bool, device=clean.device)
-    velocity = torch.zeros_like(clean)
-    losses: list[Tensor] = []
-    slopes: list[Tensor] = []
+def _run(work: Work, run: Run, budget: Budget, start: Tensor, how: Descent) -> Run:
+    images, velocity = start, torch.zeros_like(start)
     for step in range(budget.steps + 1):
         last = step == budget.steps
-        judged_images, loss, gradient = evaluate(
-            objective, batch, images, budget, step, rounded=how.rounded
-        )
-        judged = last or step % how.judge_every == 0
-        losses.append(loss.masked_fill(frozen, math.nan) if judged else loss * math.nan)
-        if judged:
-            # A sample that stops keeps the iterate that stopped it, whatever its loss.
-            done = how.stop(judged_images, loss) if how.stop is not None else frozen
-            take = ((loss < best) | done) & ~frozen
-            best = torch.where(take, loss, best)
-            kept = torch.where(take.view(-1, 1, 1, 1), judged_images, kept)
-            frozen = frozen | done
-        if last or bool(frozen.all()):
+        seen = evaluate(work.objective, work.batch, images, budget, step, rounded=how.rounded)
+        gradient, done = seen.gradient, None
+        if last or step % how.judge_every == 0:
+            done = run.judge(work, seen, step)
+        if last:
             break
-        if mask is not None:
-            gradient = gradient * mask
-        slopes.append(gradient.abs().flatten(1).amax(1).masked_fill(frozen, math.nan))
+        if done is not None:
+            if bool(done.all()):
+                break
+            work, stay = work.only(~done), ~done
+            images, gradient, velocity = images[stay], gradient[stay], velocity[stay]
+        if work.mask is not None:
+            gradient = gradient * work.mask
+        run.slope(work, gradient, step)
         velocity = _accumulate(velocity, gradient, how, budget)
         size = budget.step_size * step_scale(how.schedule, step, budget.steps)
-        moved = project(clean, images - size * direction(velocity, budget), budget)
-        images = torch.where(frozen.view(-1, 1, 1, 1), images, moved)
-    return Run(kept, best, pad(losses, budget.steps + 1, best), pad(slopes, budget.steps, best))
+        images = project(work.batch.images, images - size * direction(velocity, budget), budget)
+    return run
 
 
 def random_point(clean: Tensor, budget: Budget, rng: SeedBank, mask: Tensor | None) -> Tensor:
@@ -201,6 +307,23 @@ def random_point(clean: Tensor, budget: Budget, rng: SeedBank, mask: Tensor | No
     return project(clean, clean + (noise if mask is None else noise * mask), budget)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one step looked at.
+
+    Attributes:
+        images: ``[B, 3, H, W]``, those judged.
+        loss: ``[B]``, the penalty included.
+        gradient: ``[B, 3, H, W]``; zero at the last step, where none is taken.
+        penalty: ``[B]``, the part of the loss that is not the objective's; None if there is none.
+    """
+
+    images: Tensor
+    loss: Tensor
+    gradient: Tensor
+    penalty: Tensor | None = None
+
+
 def evaluate(
     objective: Objective,
     batch: Batch,
@@ -209,20 +332,21 @@ def evaluate(
     step: int,
     *,
     rounded: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The image judged, its loss ``[B]`` and, except at the last step, the gradient."""
-    last = step == budget.steps
+) -> Seen:
+    """The image judged, its loss and, except at the last step, the gradient."""
+    last, penalty = step == budget.steps, None
     if rounded:
         images = quantise(batch.images, images, budget)
     images = images.detach().requires_grad_(not last)
     with torch.set_grad_enabled(not last):
         loss = objective(images, step)
         if batch.penalty is not None:
-            loss = loss + batch.penalty(images).to(loss)
+            penalty = batch.penalty(images).to(loss)
+            loss = loss + penalty
         gradient = torch.zeros_like(images) if last else _gradient(loss, images, step)
     loss, images = loss.detach().float(), images.detach()
     _refuse_not_finite(batch, loss, gradient, step)
-    return images, loss, gradient
+    return Seen(images, loss, gradient, None if penalty is None else penalty.detach())
 
 
 def _gradient(loss: Tensor, images: Tensor, step: int) -> Tensor:
@@ -269,9 +393,3 @@ def direction(velocity: Tensor, budget: Budget) -> Tensor:
         return velocity.sign()
     length = velocity.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
     return torch.div(velocity, length)
-
-
-def pad(rows: list[Tensor], length: int, like: Tensor) -> Tensor:
-    """Stack rows ``[B]`` to ``[length, B]``; steps skipped because all samples froze are NaN."""
-    missing = [torch.full_like(like, math.nan)] * (length - len(rows))
-    return torch.stack([*rows, *missing]) if length else like.new_zeros((0, len(like)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
@@ -75,8 +76,9 @@ class Evade(Attack):
         return self.rounds * self.inner.gradients(budget) + weighted
 
     def budget(self, epsilon: float) -> Budget:
-        """That of the attack."""
-        return self.inner.budget(epsilon)
+        """That of the attack, with the questions of every run."""
+        inner = self.inner.budget(epsilon)
+        return replace(inner, queries=self.rounds * inner.queries)
 
     def canvas(self, images: Tensor) -> Tensor:
         """That of the attack."""
@@ -96,8 +98,10 @@ class Evade(Attack):
                 raise AttackError(
                     f"attack {self.inner.name} never looked at its penalty, so it evades nothing"
                 )
-            forwards += penalty.asked[0] + self.passes * self.draws
-            backwards += penalty.asked[1]
+            # Counted in pictures: of a batch that shrinks, not all are looked at in every step.
+            count = max(len(batch.ids), 1)
+            forwards += math.ceil(penalty.asked[0] / count) + self.passes * self.draws
+            backwards += math.ceil(penalty.asked[1] / count)
             images = _settled(batch, found, budget)
             with torch.no_grad():
                 hidden = self._mean(images, batch.questions) <= self.limit
@@ -123,13 +127,13 @@ class _Hinge:
     questions: tuple[str, ...]
     weight: Tensor
     asked: list[int] = field(default_factory=lambda: [0, 0])
-    """Passes of one picture, and gradients of them."""
+    """Passes of all pictures, and gradients of them."""
 
     def __call__(self, images: Tensor) -> Tensor:
         attack = self.attack
         passes = attack.passes * attack.draws
-        self.asked[0] += passes
-        self.asked[1] += passes * images.requires_grad
+        self.asked[0] += passes * len(images)
+        self.asked[1] += passes * len(images) * images.requires_grad
         above = (attack._mean(images, self.questions) - attack.limit) / attack.scale
         return self.weight.to(above) * (above + attack.margin / attack.scale).clamp_min(0)
 
@@ -172,18 +176,27 @@ class _Search:
         loss, gradient = (
             (None, None) if self._found is None else (self._found.loss, self._found.gradient)
         )
+        done = None if self._found is None else self._found.done
         return Proposal(
-            self._images, loss, gradient, None, notes, forwards=forwards, backwards=backwards
+            self._images,
+            loss,
+            gradient,
+            None,
+            notes,
+            forwards=forwards,
+            backwards=backwards,
+            done=done,
         )
 
 
 def _merged(old: Proposal, new: Proposal, take: Tensor) -> Proposal:
     """Traces of the run that each sample's image comes from."""
+    done = None if old.done is None or new.done is None else torch.where(take, new.done, old.done)
     traces = [
         None if one is None or two is None else torch.where(take, two, one)
         for one, two in ((old.loss, new.loss), (old.gradient, new.gradient))
     ]
-    return replace(old, loss=traces[0], gradient=traces[1])
+    return replace(old, loss=traces[0], gradient=traces[1], done=done)
 
 
 def _settled(batch: Batch, found: Proposal, budget: Budget) -> Tensor:

@@ -11,9 +11,12 @@ from torch import Tensor
 from targets.base import Batch, Path, WhiteBoxView
 
 Goal = Literal["compression_only", "compressed", "full"]
+End = Literal["compression_only", "compressed", "full", "both"]
+"""The goals, and both paths wrong."""
 GOALS: tuple[Goal, ...] = get_args(Goal)
 QUESTIONS = 2
 """Most questions one judgement asks about a sample."""
+_ON_BOTH = ("compression_only", "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +26,18 @@ class Judge:
     Args:
         view: of a white box.
         goal: ``compression_only``, the compressed path wrong while the path with all tokens is
-            right; ``compressed``, the compressed path wrong; ``full``, the full path wrong.
+            right; ``compressed``, the compressed path wrong; ``full``, the full path wrong;
+            ``both``, both wrong.
     """
 
     view: WhiteBoxView
-    goal: Goal
+    goal: End
 
     def open(self, batch: Batch) -> Tensor:
         """Samples that can still be broken, bool ``[B]``: right as they are on all paths judged."""
         found = torch.ones(len(batch.ids), dtype=torch.bool)
         paths: tuple[Path, ...] = ("full",) if self.goal == "full" else ("compressed",)
-        for path in (*paths, "full") if self.goal == "compression_only" else paths:
+        for path in (*paths, "full") if self.goal in _ON_BOTH else paths:
             found[found.clone()] = self._right(_some(batch, found), path)
         return found
 
@@ -44,18 +48,22 @@ class Judge:
         wrong = ~self._right(batch, "compressed")
         if self.goal == "compression_only":
             wrong[wrong.clone()] = self._right(_some(batch, wrong), "full")
+        elif self.goal == "both":
+            wrong[wrong.clone()] = ~self._right(_some(batch, wrong), "full")
         return wrong
 
     def nearness(self, batch: Batch) -> Tensor:
         """How near each image comes to the goal, ``[B]``, larger is nearer.
 
         The negative log-likelihood of the right answer on the path that is to fail; for
-        ``compression_only`` minus that on the path that is to hold.
+        ``compression_only`` minus that on the path that is to hold; for ``both`` the smaller.
         """
         with torch.no_grad():
             doubt = self._nll(batch, "full" if self.goal == "full" else "compressed")
             if self.goal == "compression_only":
                 doubt = doubt - self._nll(batch, "full")
+            elif self.goal == "both":
+                doubt = torch.minimum(doubt, self._nll(batch, "full"))
         return doubt
 
     def _nll(self, batch: Batch, path: Path) -> Tensor:

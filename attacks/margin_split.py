@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -120,13 +121,12 @@ class MarginSplit(Attack):
         return Budget(epsilon, "linf", alpha, self.steps, self.restarts)
 
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
-        """Descend on the Lagrangian; freeze what fails only compressed."""
+        """Descend on the Lagrangian; what fails only compressed leaves."""
         objective = _Objective(self, view, batch)
         how = Descent(
             momentum=self.momentum,
             schedule=self.schedule,
             random_start=self.random_start,
-            stop=lambda images, loss: loss < -self.confidence,
         )
         return descend(objective, batch, budget, rng, how=how)
 
@@ -134,39 +134,44 @@ class MarginSplit(Attack):
 class _Objective:
     """The Lagrangian's gradient, with the value of what is wanted: ``[B]``.
 
-    Samples that are failures of compression alone are not run again, in later restarts neither.
+    Samples that are failures of compression alone are done.
     """
 
     def __init__(self, attack: MarginSplit, view: WhiteBoxView, batch: Batch) -> None:
         self.attack, self.view, self.batch = attack, view, batch
         self.multiplier = torch.zeros(len(batch.ids), device=batch.images.device)
-        self.value = torch.zeros_like(self.multiplier)
         self.slope = torch.zeros_like(batch.images)  # of the full path's margin, [B, 3, H, W]
 
     def __call__(self, images: Tensor, step: int) -> Tensor:
+        attack = self.attack
         if step == 0:  # a restart begins with the first multiplier too
-            self.multiplier = torch.full_like(self.multiplier, self.attack.multiplier)
-        rows = (self.value >= -self.attack.confidence).nonzero()[:, 0]
-        if len(rows) == 0:
-            return self.value + 0 * images.flatten(1).sum(1)
-        lagrangian = self._lagrangian(images[rows], rows, step)
-        # Iterates are compared by what is wanted, whatever multiplier they were made with.
-        return self.value.index_add(0, rows, lagrangian - lagrangian.detach())
-
-    def _lagrangian(self, images: Tensor, rows: Tensor, step: int) -> Tensor:
-        attack, some = self.attack, self.batch.rows(rows.tolist())
+            self.multiplier = torch.full_like(self.multiplier, attack.multiplier)
         renew = step % attack.refresh == 0 and images.requires_grad
-        found = self.view.path_margins(images, some.questions, some.answers, full_gradient=renew)
+        found = self.view.path_margins(
+            images, self.batch.questions, self.batch.answers, full_gradient=renew
+        )
         if renew:
-            (slope,) = torch.autograd.grad(found.full.sum(), images, retain_graph=True)
-            self.slope[rows] = slope
+            (self.slope,) = torch.autograd.grad(found.full.sum(), images, retain_graph=True)
         compressed, full = found.compressed.detach(), found.full.detach()
-        multiplier = self.multiplier[rows]
-        self.multiplier[rows] = renewed(
+        multiplier = self.multiplier
+        self.multiplier = renewed(
             multiplier, full, attack.kappa, attack.grow, attack.shrink, attack.floor
         )
-        self.value[rows] = worth(compressed, full, attack.confidence)
-        return found.compressed - multiplier * (self.slope[rows] * images).flatten(1).sum(1)
+        lagrangian = found.compressed - multiplier * (self.slope * images).flatten(1).sum(1)
+        # Iterates are compared by what is wanted, whatever multiplier they were made with.
+        value = worth(compressed, full, attack.confidence)
+        return value + (lagrangian - lagrangian.detach())
+
+    def done(self, images: Tensor, loss: Tensor, may: Tensor) -> Tensor:
+        del images
+        return may & (loss < -self.attack.confidence)
+
+    def of(self, rows: Sequence[int]) -> _Objective:
+        """The same of some samples, with the multipliers and slopes they have."""
+        some = _Objective(self.attack, self.view, self.batch.rows(rows))
+        places = list(rows)
+        some.multiplier, some.slope = self.multiplier[places], self.slope[places]
+        return some
 
 
 def renewed(

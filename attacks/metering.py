@@ -40,7 +40,7 @@ class MeteredView:
     It has the calls of `targets.base.CALLS` that the declared knowledge grants. A backward pass is
     counted where it really happens, by a hook on the images that enter the view, so an attack that
     calls autograd itself is counted like one that uses `attacks.descent`. Surrogates are metered
-    alike.
+    alike. `random` says whether a defence inside the view draws.
 
     Args:
         view: the target's view.
@@ -63,6 +63,7 @@ class MeteredView:
                 f"{view.knowledge.value!r}; ask the target for target.view({knowledge.value!r}, …)"
             )
         self.knowledge = knowledge
+        self.random = bool(getattr(view, "random", False))
         # A defence inside the view may look several times at each picture.
         counter = _Counter(meter, getattr(view, "passes_in", _once))
         for name, needed in CALLS.items():

@@ -11,6 +11,8 @@ from attacks.answers import Aim, AnswerLoss, choose_targets
 from attacks.base import Attack, Proposal
 from attacks.budget import Budget
 from attacks.descent import Descent, descend
+from attacks.early_exit import EarlyExit, questions
+from attacks.errors import AttackError
 from attacks.seeds import SeedBank
 from targets.base import Batch, Knowledge, WhiteBoxView
 
@@ -45,19 +47,25 @@ class PGD(Attack):
         schedule: step size over the run.
         random_start: begin at a random point of the ball.
         norm: norm of the ball; alpha has its unit.
+        stop_when_broken: a sample leaves at the first image that breaks it as `path` wants it
+            (``full``, ``compressed`` or ``both`` wrong; with `preserve_weight` compressed wrong and
+            full right), answered by the target itself, and the others go on as a smaller batch. It
+            keeps that image, and is not run in later restarts. Not with a `target`.
 
     Raises:
-        AttackError: `preserve_weight` with another path than ``compressed``; a right answer that
-            is not among its options; see also `attacks.descent.descend`.
+        AttackError: `preserve_weight` with another path than ``compressed``; `stop_when_broken`
+            with a target, or against a defence that draws; a right answer that is not among its
+            options; see also `attacks.descent.descend`.
 
     *Differs from the paper in …*: the loss is that of a sequence, every iterate is judged as the
     8-bit image that will be saved, and the best iterate is kept instead of the last. The
-    compressed path, ``both`` and preservation are ours.
+    compressed path, ``both``, preservation and early exit are ours.
     """
 
     name: ClassVar[str] = "pgd"
     takes_penalty: ClassVar[bool] = True
     knowledge: ClassVar[Knowledge] = Knowledge.WHITE_BOX
+    later: ClassVar[tuple[str, ...]] = ("stop_when_broken",)
 
     path: Literal["full", "compressed", "both"] = "full"
     full_weight: Annotated[float, Ge(0)] = 1.0
@@ -70,11 +78,17 @@ class PGD(Attack):
     schedule: Literal["constant", "cosine", "halving"] = "constant"
     random_start: bool = True
     norm: Literal["linf", "l2"] = "linf"
+    stop_when_broken: bool = False
 
     def __post_init__(self) -> None:
         """Check the options, then that they agree."""
         super().__post_init__()
         self._aim.check(self.name)
+        if self.stop_when_broken and self.target is not None:
+            raise AttackError(
+                f"attack {self.name}: stop_when_broken with target {self.target!r}; a sample that "
+                "is answered wrong is not yet answered as wanted. Leave one of the two out"
+            )
 
     @property
     def _aim(self) -> Aim:
@@ -88,20 +102,29 @@ class PGD(Attack):
         return self.path != "full"
 
     @property
+    def stops_early(self) -> bool:
+        """With `stop_when_broken`."""
+        return self.stop_when_broken
+
+    @property
     def gradients_per_step(self) -> int:
         """Two where the loss looks at both paths."""
         return 2 if self.path == "both" or self.preserve_weight else 1
 
     def budget(self, epsilon: float) -> Budget:
-        """Radius, norm, step size, steps and restarts."""
-        return Budget(epsilon, self.norm, self.alpha, self.steps, self.restarts)
+        """Radius, norm, step size, steps, restarts; questions that ask whether one is broken."""
+        budget = Budget(epsilon, self.norm, self.alpha, self.steps, self.restarts)
+        if not self.stop_when_broken:
+            return budget
+        return replace(budget, queries=questions(self._aim, budget))
 
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Descend on the likelihood of the answer."""
         targets, notes = choose_targets(view, batch, self.target, self.path)
-        objective = AnswerLoss(view, batch, self._aim, targets)
+        loss = AnswerLoss(view, batch, self._aim, targets, watched=self.stop_when_broken)
+        objective = EarlyExit.on(loss) if self.stop_when_broken else loss
         how = Descent(
             momentum=self.momentum, schedule=self.schedule, random_start=self.random_start
         )
         found = descend(objective, batch, budget, rng, how=how)
-        return replace(found, notes=(*notes, *objective.notes))
+        return replace(found, notes=(*notes, *loss.notes))

@@ -57,6 +57,7 @@ class DefendedView(View):
     Attributes:
         passes_in: passes of one picture through a model in a call of a name with these keywords.
         pipeline: hash of what its calls go through, see `defenses.fingerprint`.
+        random: whether the defence draws, so that one answer does not settle what it answers.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class DefendedView(View):
         calls: dict[str, Callable[..., Any]],
         passes_in: Callable[[str, Mapping[str, Any]], int],
         pipeline: str = "",
+        random: bool = False,
     ) -> None:
         super().__init__(knowledge, calls)
-        self.passes_in, self.pipeline = passes_in, pipeline
+        self.passes_in, self.pipeline, self.random = passes_in, pipeline, random
 
 
 def passes_of(defense: Defense, draws: int) -> int:
@@ -125,7 +127,13 @@ def defended(
     def passes_in(name: str, given: Mapping[str, Any]) -> int:
         return through.fewer(name, given) or every
 
-    return cast(ImageView, DefendedView(knowledge, calls, passes_in, through.pipeline))
+    random = draws_at_random(defense)
+    return cast(ImageView, DefendedView(knowledge, calls, passes_in, through.pipeline, random))
+
+
+def draws_at_random(defense: Defense) -> bool:
+    """Whether what an attack goes through differs from call to call."""
+    return _random(defense, Guard.of(defense))
 
 
 def _random(defense: Defense, guard: Guard) -> bool:

@@ -15,6 +15,7 @@ from redteam.scenario import Method, Scenario
 
 if TYPE_CHECKING:
     from attacks.base import Attack
+    from defenses.base import Defense
     from defenses.guard import Guard
 
 NONE = "none"
@@ -87,7 +88,7 @@ def obstacle(attack: Method, defense: Method) -> str | None:
         if made.takes_penalty:
             return None
         return "it descends on no loss that the detector's score could be added to"
-    return _out_of_sight(made, guard) or _undecoded(made, guard)
+    return _out_of_sight(made, guard) or _undecoded(made, guard) or _unsettled(made, guarding)
 
 
 def _out_of_sight(attack: Attack, guard: Guard) -> str | None:
@@ -111,6 +112,18 @@ def _undecoded(attack: Attack, guard: Guard) -> str | None:
     if attack.needs.value in ("encoder", "compressed"):
         return "the attack sees no answers, and the defence is in how they are decoded"
     return None
+
+
+def _unsettled(attack: Attack, defense: Defense) -> str | None:
+    """One answer of a defence that draws says little about the next."""
+    from defenses.adaptive import draws_at_random
+
+    if not attack.stops_early or not draws_at_random(defense):
+        return None
+    return (
+        "stop_when_broken ends a sample at one wrong answer, and the defence draws: it would not "
+        "be attacked in expectation"
+    )
 
 
 def meets(attack: Method, defense: Method) -> bool:

@@ -91,8 +91,19 @@ class Method:
 
     @property
     def plain_spec(self) -> dict[str, Any]:
-        """The same of an attack that adapts, as if it did not."""
-        plain: dict[str, Any] = json.loads(json.dumps({"type": self.type, **self.options}))
+        """The same of an attack that adapts, as if it did not.
+
+        An option that came later (`later` of its class) is told only where it is used: what was
+        made without it keeps its ids and seeds.
+        """
+        known = self.signature.options
+        unused = {
+            key
+            for key in self.signature.facts.get("later", ())
+            if key in known and self.options.get(key) == known[key].default
+        }
+        told = {key: value for key, value in self.options.items() if key not in unused}
+        plain: dict[str, Any] = json.loads(json.dumps({"type": self.type, **told}))
         return plain
 
     def create(self) -> Any:  # noqa: ANN401 - an instance of any method

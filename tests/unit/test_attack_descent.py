@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -133,39 +134,60 @@ def test_mask_holds_still_what_it_excludes(batch: Batch) -> None:
     assert moved[mask == 1].float().mean() > 0.9
 
 
-def test_a_stopped_sample_stays_and_keeps_the_iterate_that_stopped_it(batch: Batch) -> None:
-    seen: list[Tensor] = []
+class Leaving:
+    """Ends each sample at a step of its own; upside down, so that its last iterate is its worst."""
 
-    def stop(images: Tensor, loss: Tensor) -> Tensor:
-        seen.append(images.clone())
-        return torch.tensor([len(seen) >= 3, False, False, len(seen) >= 1])
+    def __init__(self, ends: list[int], seen: list[tuple[int, Tensor]]) -> None:
+        self.ends, self.seen, self.step = ends, seen, 0
 
+    def __call__(self, images: Tensor, step: int) -> Tensor:
+        self.step = step
+        self.seen.append((step, images.detach().clone()))
+        return images.flatten(1).mean(1) * (1 if step > 0 else -1)
+
+    def done(self, images: Tensor, loss: Tensor, may: Tensor) -> Tensor:
+        assert len(images) == len(loss) == len(self.ends)
+        return may & torch.tensor([self.step >= end for end in self.ends])
+
+    def of(self, rows: Sequence[int]) -> Leaving:
+        return Leaving([self.ends[row] for row in rows], self.seen)
+
+
+def test_a_sample_that_is_done_leaves_with_the_iterate_that_made_it_so(batch: Batch) -> None:
+    seen: list[tuple[int, Tensor]] = []
     budget = Budget(16 / 255, steps=6)
-    how = Descent(random_start=False, stop=stop)
-    # Upside down: the stopping iterate is the worst so far, and must be kept all the same.
-    found = descend(
-        lambda images, step: images.flatten(1).mean(1) * (1 if step > 0 else -1),
-        batch,
-        budget,
-        SeedBank(SEEDS),
-        how=how,
-    )
+    found = descend(Leaving([2, 9, 9, 0], seen), batch, budget, SeedBank(SEEDS), how=STILL)
+    assert [(step, len(images)) for step, images in seen] == [
+        (0, 4),
+        (1, 3),
+        (2, 3),
+        (3, 2),
+        (4, 2),
+        (5, 2),
+        (6, 2),
+    ]
     assert found.loss is not None
-    assert torch.equal(found.images[3], seen[0][3])
-    assert torch.equal(found.images[0], seen[2][0])
+    assert found.done is not None
+    assert found.done.tolist() == [True, False, False, True]
+    assert torch.equal(found.images[3], seen[0][1][3])
+    assert torch.equal(found.images[0], seen[2][1][0])
     assert found.loss.isfinite().sum(0).tolist() == [3, 7, 7, 1]
 
 
-def test_all_stopped_ends_the_run(batch: Batch) -> None:
-    calls: list[int] = []
+def test_all_done_ends_the_run_and_all_restarts(batch: Batch) -> None:
+    seen: list[tuple[int, Tensor]] = []
+    budget = Budget(16 / 255, steps=9, restarts=3)
+    descend(Leaving([0, 0, 0, 0], seen), batch, budget, SeedBank(SEEDS))
+    assert [step for step, _ in seen] == [0]
 
-    def objective(images: Tensor, step: int) -> Tensor:
-        calls.append(step)
-        return images.flatten(1).mean(1)
 
-    how = Descent(stop=lambda images, loss: torch.ones(4, dtype=torch.bool))
-    descend(objective, batch, Budget(16 / 255, steps=9), SeedBank(SEEDS), how=how)
-    assert calls == [0]
+def test_what_is_done_is_not_run_again(batch: Batch) -> None:
+    seen: list[tuple[int, Tensor]] = []
+    budget = Budget(16 / 255, steps=1, restarts=2)
+    found = descend(Leaving([1, 9, 0, 9], seen), batch, budget, SeedBank(SEEDS))
+    assert [(step, len(images)) for step, images in seen] == [(0, 4), (1, 3), (0, 2), (1, 2)]
+    alone = descend(Leaving([9], []), batch.rows([3]), budget, SeedBank(SEEDS[3:]))
+    assert torch.equal(found.images[3:], alone.images)
 
 
 def test_steps_between_judgements_are_not_compared(batch: Batch) -> None:
