@@ -5,6 +5,9 @@
 - *loop*: images a second of our engine against a plain transformers loop (``generate`` on clean and
   attacked images, with all tokens) that answers the same questions, at batch one and at our batch.
 - *sweep*: one run over R budgets against R runs of one budget each, loading aside.
+- *retentions*: one run over six retentions, whose attack does not know them, against six runs.
+- *shared*: answers of one unit through six compressions, the vision tower run once for all of them
+  against once for each.
 - *ray*: Ray with two workers against one, one thread each; starting Ray and loading aside.
 - *start*: seconds of ``redteam --help``, best of five, and whether torch was imported.
 - *growth*: seconds of a unit as the number of samples, attacks, budgets and pixels grows, and peak
@@ -180,6 +183,57 @@ def sweep(samples: int, device: str) -> dict[str, Any]:
     }
 
 
+def retentions(samples: int, device: str) -> dict[str, Any]:
+    """One run through all compressions against a run each; one image serves all of them."""
+    shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    options = [f"{{type: fastv, layer: 2, retention: {share}}}" for share in shares]
+    attacks = "attacks=[{type: noise}, {type: pgd, steps: 4}]"
+    fixed = [attacks, f"engine.device={device}", f"engine.batch_size={min(samples, 32)}"]
+    fixed.append("epsilons=[8/255]")
+    _run([*fixed, f"compressions=[{options[0]}]"], 2)
+    together, _ = _run([*fixed, f"compressions=[{', '.join(options)}]"], samples)
+    apart = [_run([*fixed, f"compressions=[{one}]"], samples)[0] for one in options]
+    return {
+        "samples": samples,
+        "retentions": list(shares),
+        "seconds_together": round(together, 2),
+        "seconds_apart": [round(one, 2) for one in apart],
+        "together ÷ apart": round(together / sum(apart), 3),
+    }
+
+
+def shared(samples: int, device: str) -> dict[str, Any]:
+    """A run that mostly answers, with and without what the vision tower remembers."""
+    import contextlib
+
+    import targets.remembering as memory
+
+    kinds = ("fastv", "visionzip", "hiprune", "divprune", "random", "fastervlm")
+    options = ", ".join(f"{{type: {kind}, retention: 0.25}}" for kind in kinds)
+    given = ["attacks=[{type: noise}]", f"compressions=[{options}]", "epsilons=[8/255]"]
+    given += [f"engine.device={device}", f"engine.batch_size={min(samples, 32)}"]
+    remembering = memory.remembering
+
+    def once(*, apart: bool) -> None:
+        memory.remembering = (  # type: ignore[assignment]
+            (lambda families: contextlib.nullcontext()) if apart else remembering
+        )
+        _run(given, samples)
+
+    try:
+        took = _interleaved(
+            {"once": lambda: once(apart=False), "each": lambda: once(apart=True)}, repeats=3
+        )
+    finally:
+        memory.remembering = remembering
+    return {
+        "samples": samples,
+        "compressions": list(kinds),
+        "seconds": {name: round(value, 2) for name, value in took.items()},
+        "once ÷ each": round(took["once"] / took["each"], 3),
+    }
+
+
 def ray(samples: int, device: str) -> dict[str, Any]:
     """Two workers against one."""
     cores = os.cpu_count() or 1
@@ -250,6 +304,8 @@ PARTS: Final[dict[str, Callable[[int, str], dict[str, Any]]]] = {
     "overhead": overhead,
     "loop": loop,
     "sweep": sweep,
+    "retentions": retentions,
+    "shared": shared,
     "ray": ray,
     "start": start,
     "growth": growth,

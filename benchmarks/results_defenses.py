@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +53,7 @@ class Cell:
     attack: str
     defense: str
     adaptive: bool
+    spec: str
     rows: dict[str, Row] = field(default_factory=dict)
     clean_seconds: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -154,6 +155,7 @@ def cells_of(folder: Path) -> list[Cell]:
             cell.attack,
             cell.defense,
             cell.attack in adaptive,
+            json.dumps({**cell.spec["defense"], "name": ""}, sort_keys=True),
             draws=cell.spec["attack"].get("draws") if random(cell.spec["defense"]) else None,
         )
         for cell in store.manifest.cells
@@ -211,6 +213,58 @@ def lines_of(folder: Path) -> dict[tuple[str, str], Line]:
     return found
 
 
+def joined(parts: Sequence[Mapping[tuple[str, str], Line]]) -> dict[tuple[str, str], Line]:
+    """Lines of several folders: of each attack the cell that has most samples.
+
+    The badge is that of the folder whose attacks know the defence, else of the fullest.
+    """
+    found: dict[tuple[str, str], Line] = {}
+    labels: dict[str, str] = {}
+    for part in parts:
+        for (compression, label), line in part.items():
+            # A mark in the middle of a label comes of options that tell two of a type apart.
+            plain = bare(label).replace(" (unverified)", "")
+            spec = next(iter(line.defense.values())).spec
+            labels[spec] = max(labels.get(spec, ""), plain, key=len)
+            known = found.get((compression, spec), line)
+            adaptive = any(cell.adaptive for cell in line.defense.values())
+            found[compression, spec] = Line(
+                _fuller(known.defense, line.defense),
+                _fuller(known.control, line.control),
+                line.badge if adaptive or not known.badge else known.badge,
+            )
+    controls: dict[str, Mapping[str, Cell]] = {}
+    for (compression, _), line in found.items():
+        controls[compression] = _fuller(controls.get(compression, {}), line.control)
+    named = {(place, labels[spec]): line for (place, spec), line in found.items()}
+    return {
+        name: replace(named[name], control=controls[name[0]], **_own(name, controls))
+        for name in sorted(named, key=lambda name: order(name[1]))
+    }
+
+
+def order(label: str) -> int:
+    """Where the scenario lists a defence, by its label."""
+    whole = yaml.safe_load(SCENARIO.read_text(encoding="utf-8"))
+    kinds = [type_of(one) for one in whole["defenses"]]
+    kind = "stack" if " + " in label else label.split(" ")[0]
+    return kinds.index(kind) if kind in kinds else len(kinds)
+
+
+def _own(name: tuple[str, str], controls: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
+    """Of the undefended line, that it is its own control."""
+    return {"defense": controls[name[0]]} if name[1] == "none" else {}
+
+
+def _fuller(one: Mapping[str, Cell], two: Mapping[str, Cell]) -> dict[str, Cell]:
+    """Of each attack the cell with more samples."""
+    found = dict(one)
+    for name, cell in two.items():
+        if name not in found or len(cell.rows) > len(found[name].rows):
+            found[name] = cell
+    return found
+
+
 def _badge(place: Mapping[str, Any]) -> str:
     """A badge with the numbers of the rules that keep it from being better."""
     numbers = ", ".join(dict.fromkeys(str(rule["rule"]) for rule in failed(place)))
@@ -238,7 +292,7 @@ def rate(count: int, total: int) -> str:
     found = wilson(count, total, 0.95)
     if found.value is None:
         return "–"
-    return f"**{found.value:.2f}** [{found.low:.2f}, {found.high:.2f}]"
+    return f"**{found.value:.2f}** [{found.low:.2f}, {found.high:.2f}] of {total}"
 
 
 def accuracy(cell: Cell, name: str) -> float:
@@ -269,7 +323,9 @@ def time_cost(line: Line) -> str:
 def halved(line: Line) -> str:
     """How much of the worst case is left, and whether the aim is met."""
     broken, total = worst(line.defense.values())
-    before, of = worst(cell for cell in line.control.values() if not cell.adaptive)
+    # Against no defence an adaptive attack is the plain one, where that was run.
+    same = {name.removesuffix(" adaptive") for name in line.defense} | set(line.defense)
+    before, of = worst(cell for name, cell in line.control.items() if name in same)
     if not total or not before:
         return "–"
     return f"{(broken / total) / (before / of):.2f}"
@@ -307,7 +363,7 @@ def _cells(name: str, line: Line, plain: Sequence[str]) -> list[str]:
     draws = ""
     if known and strongest:
         many = f", {strongest.draws} draws" if strongest.draws else ""
-        draws = f" ({strongest.attack}{many})"
+        draws = f" ({strongest.attack}{many}, n = {len(strongest.rows)})"
     return [
         name,
         line.badge or ("control" if name == "none" else "UNVERIFIED (upper bound)"),
@@ -324,18 +380,14 @@ def _cells(name: str, line: Line, plain: Sequence[str]) -> list[str]:
     ]
 
 
-def _failures(cell: Cell) -> int:
-    return sum(row.failure for row in cell.rows.values())
+def _failures(cell: Cell) -> float:
+    return sum(row.failure for row in cell.rows.values()) / len(cell.rows)
 
 
 def page(folders: Sequence[Path], missing: Sequence[str]) -> str:
     """The whole page, from run folders."""
     manifests = [_json(folder, "manifest") for folder in folders]
-    lines: dict[tuple[str, str], Line] = {}
-    for folder in folders:
-        for name, line in lines_of(folder).items():
-            if name not in lines or len(line.control) > len(lines[name].control):
-                lines[name] = line
+    lines = joined([lines_of(folder) for folder in folders])
     first = manifests[0]
     identity = first["provenance"].get("identity", {})
     compressions = list(dict.fromkeys(name[0] for name in lines))
@@ -358,7 +410,7 @@ seed {first["seed"]}; device {identity.get("device", "unknown")};
 - *CSFR*: of the samples that are right on both clean paths, the share that the attack makes fail on
   the compressed path only. *adaptive*: the strongest attack that has the defence in its graph (its
   name, and the draws of a random defence in each call, behind it). *Worst case*: failures under any
-  attack of the row, sample by sample, 95 % Wilson interval.
+  attack of the row, sample by sample, over the samples that all of them have; 95 % Wilson interval.
 - *Badge*: the rules that fail are numbered as in the page named above.{unverified}
 - *Left of undefended*: that worst case divided by the undefended one; under 0.50 it is halved.
 - *Clean*: accuracy on clean pictures in points, and the change against no defence.
@@ -399,7 +451,7 @@ def transferred(folders: Sequence[Path]) -> str:
     return "\n".join(text)
 
 
-_NOTHING: Final = Cell("", "", "", adaptive=False)
+_NOTHING: Final = Cell("", "", "", adaptive=False, spec="")
 
 
 def _transferred(
