@@ -84,6 +84,9 @@ class _Silent:
         del unit, trials
         self.ended = time.perf_counter()
 
+    def working(self, event: Any) -> None:
+        del event
+
     def say(self, message: str) -> None:
         del message
 

@@ -35,6 +35,12 @@ class PlanError(RedteamError):
     """A scenario is well-formed, but what it asks for does not fit together."""
 
 
+class EngineError(RedteamError):
+    """What carries a run out went away; what was measured is safe."""
+
+    exit_code = ExitCode.INCOMPLETE
+
+
 class InstallationError(RedteamError):
     """The installation is broken, or another package shadows one of ours."""
 

@@ -105,22 +105,33 @@ def show_cache(contents: Contents | None, deleted: int, *, as_json: bool) -> Non
 def _show_profile(profile: Mapping[str, Any]) -> None:
     """Where the time went; on standard error, since standard output is for results."""
     console = stderr()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("where the time went")
-    for name in ("seconds", "share", "calls"):
-        table.add_column(name, justify="right")
-    for name, one in profile["phases"].items():
-        calls = f"{one['calls']:,}" if one["calls"] else ""
-        table.add_row(name, f"{one['seconds']:.2f}", f"{one['share']:.1%}", calls)
     console.print()
-    console.print(table)
-    overhead = profile["overhead"]
+    workers = profile.get("workers")
+    title = "where the time went" if workers is None else "where the workers' time went"
+    console.print(_phases(title, profile["phases"]))
+    overhead, whole = profile["overhead"], f"{profile['wall_seconds']:.1f} s in all"
+    if workers is not None:
+        console.print()
+        console.print(_phases("where the driver's time went", profile["driver"]))
+        whole = f"{profile['worker_seconds']:.1f} s of {count(workers, 'worker')}, {whole}"
     if overhead is not None:
+        what = "harness, images and ledger" if workers is None else "harness, images and waiting"
         console.print(
-            f"overhead {overhead:.1%}: harness, images and ledger, of the time without loading and "
-            f"report; {profile['wall_seconds']:.1f} s in all on {profile['device']}",
+            f"overhead {overhead:.1%}: {what}, of the time without loading and "
+            f"report; {whole} on {profile['device']}",
             soft_wrap=True,
         )
+
+
+def _phases(title: str, phases: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title)
+    for name in ("seconds", "share", "calls"):
+        table.add_column(name, justify="right")
+    for name, one in phases.items():
+        calls = f"{one['calls']:,}" if one["calls"] else ""
+        table.add_row(name, f"{one['seconds']:.2f}", f"{one['share']:.1%}", calls)
+    return table
 
 
 def _show_part(finished: Finished, *, as_json: bool) -> None:

@@ -4,6 +4,9 @@ Clocks stand around what a run is made of and are there only while a profile is 
 exclusive: what a clock inside another one takes is not counted to the outer one, so the phases and
 the rest add up to the wall time. On a GPU every clock waits for the device, which makes a profiled
 run a little slower than a plain one.
+
+With several workers each has clocks of its own and sends them home with every unit; the phases are
+then shares of worker time, and what the driver did meanwhile stands apart.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import functools
 import importlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -25,6 +29,8 @@ HARNESS: Final = "harness"
 """What no clock stands around."""
 OF_MODEL: Final = (VISION, PREFILL, DECODE, SELECTION, BACKWARD, ATTACK, MODEL_OTHER)
 """Phases that anybody who runs the same attacks and answers has to pay for."""
+WAITING: Final = "waiting"
+"""Of a worker: it has no unit, or one that came to nothing. Of the driver: for workers."""
 ASIDE: Final = (LOAD, REPORT)
 """Phases before and after the units; not part of the overhead."""
 _PLACES: Final = (
@@ -36,12 +42,62 @@ _PLACES: Final = (
     ("targets.compression.ranker:Ranker.watched", SELECTION),
     ("targets.compression.ranker:Ranker.choose", SELECTION),
     ("targets.lvlm:LVLM.answer", MODEL_OTHER),
+    ("redteam.engines.parcel:Parcel.save_png", IO),
     ("reports.store:RunStore.save_png", IO),
     ("reports.store:RunStore.read_png", IO),
     ("reports.store:RunStore.append", IO),
     ("redteam.engines.local:encode_png", IO),
     ("redteam.engines.local:decode_png", IO),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """What a worker sends home: seconds and calls by phase, since it last did."""
+
+    seconds: Mapping[str, float]
+    calls: Mapping[str, int]
+
+
+class Crew:
+    """The clocks of several workers, put together.
+
+    Args:
+        count: of workers, at least 1.
+        device: they work on.
+    """
+
+    def __init__(self, count: int, device: str) -> None:
+        self._count, self._device = count, device
+        self._wall = 0.0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._calls: Counter[str] = Counter()
+
+    @contextmanager
+    def shift(self) -> Iterator[None]:
+        """The time in which there are units for workers."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._wall += time.perf_counter() - started
+
+    def add(self, clocks: Clocks) -> None:
+        """Count what a worker sent."""
+        for name, seconds in clocks.seconds.items():
+            self._seconds[name] += seconds
+        self._calls.update(clocks.calls)
+
+    def as_json(self) -> dict[str, Any]:
+        """Phases as shares of worker time: that of the shift, once for each worker."""
+        whole = self._count * self._wall
+        waiting = max(0.0, whole - sum(self._seconds.values()))
+        return {
+            "device": self._device,
+            "workers": self._count,
+            "worker_seconds": round(whole, 3),
+            **_shares({**self._seconds, WAITING: waiting}, self._calls, whole),
+        }
 
 
 class Profile:
@@ -61,6 +117,7 @@ class Profile:
         self._undo: list[Callable[[], None]] = []
         self._started = self._wall = 0.0
         self._device: torch.device | None = None
+        self._crew: Crew | None = None
 
     def __enter__(self) -> Profile:
         for place, phase in _PLACES:
@@ -84,29 +141,29 @@ class Profile:
         finally:
             self._leave(name, started)
 
+    def take(self) -> Clocks:
+        """What was added since this was last called; the clocks start anew."""
+        found = Clocks(dict(self.seconds), dict(self.calls))
+        self.seconds.clear()
+        self.calls.clear()
+        return found
+
+    def crew(self, count: int, device: str) -> Crew:
+        """The run is carried out by workers: their clocks are its phases from now on."""
+        self._crew = Crew(count, device)
+        return self._crew
+
     def as_json(self) -> dict[str, Any]:
         """Seconds, calls and shares by phase, and the overhead; see docs/cli.md."""
         wall = self._wall
         if self._undo:  # still running
             wall += self._now() - self._started
-        known = sum(self.seconds.values())
-        rest = max(0.0, wall - known)
-        phases = {**self.seconds, HARNESS: rest}
-        units = wall - sum(self.seconds[name] for name in ASIDE)
-        model = sum(self.seconds[name] for name in OF_MODEL)
-        return {
-            "wall_seconds": round(wall, 3),
-            "device": "cpu" if self._device is None else str(self._device),
-            "phases": {
-                name: {
-                    "seconds": round(seconds, 3),
-                    "calls": self.calls[name],
-                    "share": round(seconds / wall, 4) if wall else 0.0,
-                }
-                for name, seconds in sorted(phases.items(), key=lambda one: -one[1])
-            },
-            "overhead": round(1 - model / units, 4) if units > 0 else None,
-        }
+        rest = max(0.0, wall - sum(self.seconds.values()))
+        own = _shares({**self.seconds, HARNESS: rest}, self.calls, wall)
+        head = {"wall_seconds": round(wall, 3)}
+        if self._crew is not None:
+            return {**head, **self._crew.as_json(), "driver": own["phases"]}
+        return {**head, "device": "cpu" if self._device is None else str(self._device), **own}
 
     def _now(self) -> float:
         if self._device is not None and self._device.type == "cuda":
@@ -195,3 +252,20 @@ def _text_phase(given: dict[str, Any]) -> str:
         if given.get(name) is not None:
             return DECODE if given[name].shape[1] == 1 else PREFILL
     return PREFILL
+
+
+def _shares(phases: Mapping[str, float], calls: Mapping[str, int], whole: float) -> dict[str, Any]:
+    """Phases, longest first, as parts of a time, and the share of it that is overhead."""
+    units = whole - sum(phases.get(name, 0.0) for name in ASIDE)
+    model = sum(phases.get(name, 0.0) for name in OF_MODEL)
+    return {
+        "phases": {
+            name: {
+                "seconds": round(seconds, 3),
+                "calls": calls.get(name, 0),
+                "share": round(seconds / whole, 4) if whole else 0.0,
+            }
+            for name, seconds in sorted(phases.items(), key=lambda one: -one[1])
+        },
+        "overhead": round(1 - model / units, 4) if units > 0 else None,
+    }

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -92,19 +92,71 @@ def _git(git: str, *arguments: str) -> str:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """The machine as far as results or timings depend on it."""
+    """The machine as far as results or timings depend on it, and what sums are rounded by.
+
+    Two runs that agree in all of this, in the versions and in the hashes give the same ledger up
+    to timings; where one differs, sums may be rounded otherwise.
+    """
     import torch
 
     found: dict[str, Any] = {
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
+        "cpu": _processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
+        found["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return {**found, "arithmetic": _arithmetic(on_gpu=device.startswith("cuda"))}
+
+
+def _processor() -> str:
+    """Name of the CPU; the library that multiplies matrices chooses its kernels by it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or "unknown"
+
+
+def _arithmetic(*, on_gpu: bool) -> dict[str, Any]:
+    """Switches of torch that decide how a sum is rounded, and whether twice in the same way."""
+    import torch
+
+    found: dict[str, Any] = {
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "mkl": torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+        "onednn": torch.backends.mkldnn.enabled,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+    if on_gpu:
+        cuda: Any = torch.backends.cuda
+        cudnn = torch.backends.cudnn
+        found |= {
+            "tf32_matmul": cuda.matmul.allow_tf32,
+            "tf32_cudnn": cudnn.allow_tf32,
+            "bf16_reduced_precision": cuda.matmul.allow_bf16_reduced_precision_reduction,
+            "fp16_reduced_precision": cuda.matmul.allow_fp16_reduced_precision_reduction,
+            "cudnn_deterministic": cudnn.deterministic,
+            "cudnn_benchmark": cudnn.benchmark,
+            "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "not set"),
+            "attention_kernels": [
+                name
+                for name, enabled in (
+                    ("flash", cuda.flash_sdp_enabled()),
+                    ("efficient", cuda.mem_efficient_sdp_enabled()),
+                    ("cudnn", cuda.cudnn_sdp_enabled()),
+                    ("math", cuda.math_sdp_enabled()),
+                )
+                if enabled
+            ],
+        }
     return found
 
 
@@ -126,3 +178,34 @@ def collect(
         "commit": commit(),
         "command": command_line(sys.argv[1:]),
     }
+
+
+def made_otherwise(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what a session of a run is not like the first one: hardware, arithmetic, versions.
+
+    Args:
+        before: provenance of the manifest; what it does not name is not compared.
+        now: that of this session.
+
+    Returns:
+        One text for each, such as ``threads 1 instead of 2``; the workers of Ray are not compared.
+    """
+    found = []
+    for part in ("hardware", "versions"):
+        old, new = dict(_flat(before.get(part) or {})), dict(_flat(now.get(part) or {}))
+        found += [
+            f"{key} {new[key]} instead of {old[key]}"
+            for key in old.keys() & new.keys()
+            if old[key] != new[key]
+        ]
+    return sorted(found)
+
+
+def _flat(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in data.items():
+        if key == "workers":
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield key, str(value)

@@ -18,7 +18,7 @@ from redteam.calibrating import open_calibration
 from redteam.capabilities import cautions
 from redteam.datasets.base import Samples
 from redteam.datasets.filters import without
-from redteam.engines.base import Engine
+from redteam.engines.base import AtWork, Engine
 from redteam.engines.local import LocalEngine
 from redteam.errors import NothingSelected
 from redteam.plan import Plan, WorkUnit, make_plan
@@ -29,6 +29,7 @@ from reports import Built, build_reports
 from reports.errors import ResumeMismatch
 from reports.records import Manifest, Trial
 from reports.store import MANIFEST, RunStore, differences
+from reports.text import plain
 
 if TYPE_CHECKING:
     from redteam.profiling import Profile
@@ -43,6 +44,10 @@ class Watcher(Protocol):
 
     def finished(self, unit: WorkUnit, trials: list[Trial]) -> None:
         """A unit is on the disk."""
+        ...
+
+    def working(self, event: AtWork) -> None:
+        """One of several workers does something else now; a run of one worker has none."""
         ...
 
     def say(self, message: str) -> None:
@@ -98,7 +103,7 @@ def run(
         watcher: told what happens.
         shard: the part to run; None for all of it.
         profile: an active one, to be told what is loading; it is written into the folder.
-        cache: of attacked images of earlier runs, for the local engine; None makes all of them.
+        cache: of attacked images of earlier runs, for what runs on this machine; None makes all.
         retry_errors: measure trials again that ended in an error; else they stay as they are.
 
     Raises:
@@ -117,7 +122,7 @@ def run(
         units = _resumable(folder, manifest, plan, len(samples), shard, retry_errors)
         if not units:
             return _finished(folder, False, cautions(scenario), shard)
-    with _engine(plan, samples, watcher.say, calibration, cache) as engine:
+    with _engine(plan, samples, watcher, calibration, cache, profile) as engine:
         return _carry_out(
             plan, samples, engine, folder, watcher, shard, profile, calibration, retry_errors
         )
@@ -142,7 +147,9 @@ def _carry_out(
     made_with = provenance.collect(engine.hardware(), identity, options)
     if calibration is not None:
         made_with["calibration"] = {"samples": list(calibration.ids)}
-    if not resumed:
+    if resumed:
+        _say_what_differs(folder, made_with, watcher)
+    else:
         samples = _screened(scenario, samples, engine, made_with)
     manifest = make_manifest(plan, samples, made_with)
     with RunStore.create_or_open(folder, manifest, scenario.text) as store:
@@ -150,6 +157,16 @@ def _carry_out(
         if profile is not None:
             store.save_profile(profile.as_json())
     return _finished(folder, interrupted, cautions(scenario), shard)
+
+
+def _say_what_differs(folder: Path, made_with: dict[str, Any], watcher: Watcher) -> None:
+    """A run that goes on elsewhere is no longer one that could be repeated bit by bit."""
+    other = provenance.made_otherwise(RunStore.read(folder).manifest.provenance, made_with)
+    if other:
+        watcher.say(
+            f"this run was begun otherwise, now {plain(', '.join(other), 400)}: sums can be "
+            "rounded in another way, and answers near a tie can differ by it"
+        )
 
 
 def _finished(
@@ -166,17 +183,18 @@ def _finished(
 def _engine(
     plan: Plan,
     samples: Samples,
-    say: Callable[[str], None],
+    watcher: Watcher,
     calibration: Samples | None,
     cache: ImageCache | None,
+    profile: Profile | None,
 ) -> Iterator[Engine]:
     """The engine that the scenario asks for, closed afterwards."""
-    options = plan.scenario.engine
+    options, say = plan.scenario.engine, watcher.say
     engine: Engine
     if options.type == "ray":
         from redteam.engines.ray import RayEngine
 
-        engine = RayEngine(plan, samples, options.device, say)
+        engine = RayEngine(plan, samples, options.device, say, cache, profile, watcher.working)
     else:
         engine = LocalEngine(plan, samples, options.device, say, calibration, cache)
     try:

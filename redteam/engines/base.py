@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from redteam.datasets.filters import Filter
 from redteam.plan import WorkUnit
@@ -43,6 +43,28 @@ class Done:
 
     unit: WorkUnit
     trials: list[Trial]
+
+
+@dataclass(frozen=True, slots=True)
+class AtWork:
+    """What one of several workers does now; an engine that works alone says nothing.
+
+    Attributes:
+        worker: its number, from 1.
+        doing: ``unit``: the one it holds; ``waiting``: there is none for it; ``starting``: it takes
+            the place of one that died; ``gone``: it died too often.
+        unit: which it holds; None of any other.
+        units: it has done so far.
+        trials: of these units.
+        host: name of its machine; "" where all are on one.
+    """
+
+    worker: int
+    doing: Literal["unit", "waiting", "starting", "gone"]
+    unit: WorkUnit | None = None
+    units: int = 0
+    trials: int = 0
+    host: str = ""
 
 
 class Engine(Protocol):

@@ -1,34 +1,39 @@
 """The Ray engine: one actor per GPU, or per share of the CPUs, on one machine or a cluster.
 
-Ray moves things about, restarts what dies and balances; this module decides what is done. Workers
-only return trials and images: the driver alone writes, so what a run folder promises holds whatever
-happens to a worker. Units are the same as with the local engine, and so are their seeds.
+Ray moves things about and says what died; this module decides what is done. Workers only return
+trials and images: the driver alone writes, so what a run folder promises holds whatever happens to
+a worker. Units are the same as with the local engine, and so are their seeds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from redteam.batching import failure
+from redteam.cache import NOTE, ImageCache
 from redteam.datasets.base import Samples
-from redteam.datasets.filters import Filter, without
-from redteam.engines.base import Done
+from redteam.datasets.filters import Filter
+from redteam.engines.base import AtWork, Done
 from redteam.engines.dispatch import Dispatch
 from redteam.engines.parcel import Parcel
-from redteam.errors import PlanError, RedteamError
-from redteam.plan import Plan, WorkUnit, make_plan, seed_of
-from redteam.scenario import Scenario
+from redteam.engines.ray_worker import Sent, Setup, Whereabouts, Worker, machine, software
+from redteam.errors import EngineError, PlanError, RedteamError
+from redteam.plan import Plan, WorkUnit, seed_of
 from redteam.trials import unmeasured
-from reports.records import Calibration, Trial
+from reports.records import Trial
 from reports.store import RunStore
-from reports.text import count
+from reports.text import count, plain
+
+if TYPE_CHECKING:
+    from redteam.profiling import Crew, Profile
 
 ATTEMPTS: Final = 3
 """Workers that may die over a unit before its trials are recorded as errors."""
@@ -36,6 +41,13 @@ CORES: Final = 2
 """CPU cores of a worker where there is no GPU and `workers` is auto."""
 _PATIENCE: Final = 0.5
 """Seconds between two looks at whether the user wants to stop."""
+_SLOW: Final = 60.0
+"""Seconds without any worker before the user is told what is waited for."""
+_GIVE_UP: Final = 600.0
+"""Seconds without any worker before a run that has begun is given up."""
+_ELSEWHERE: Final = (
+    "on a cluster redteam, plugins and data must be installed alike on every machine"
+)
 
 
 class WorkerDied(Exception):
@@ -43,92 +55,20 @@ class WorkerDied(Exception):
 
 
 @dataclass(slots=True)
-class _Sent:
-    """What comes back of a unit."""
-
-    trials: list[Trial]
-    parcel: Parcel
-    notes: list[str]
-
-
-class Worker:
-    """Carries out units in a process of its own; an actor of Ray.
-
-    Args:
-        scenario: of the run.
-        device: ``auto``, ``cpu`` or ``cuda``; Ray shows an actor its own GPU only.
-        threads: of torch; None leaves them as they are.
-        folder: relative paths of the scenario start there, where this machine has it.
-    """
-
-    def __init__(self, scenario: Scenario, device: str, threads: int | None, folder: str) -> None:
-        import torch
-
-        from redteam.calibrating import open_calibration
-        from redteam.engines.local import LocalEngine
-
-        with contextlib.suppress(OSError):
-            os.chdir(folder)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._plan = make_plan(scenario)
-        self._samples: Samples = scenario.dataset.create().open()
-        self._calibration = open_calibration(scenario, self._samples)
-        self._notes: list[str] = []
-        self._make = LocalEngine
-        self._device = device
-        self._open(self._samples)
-
-    def prepare(self) -> dict[str, Any]:
-        """See `redteam.engines.local.LocalEngine.prepare`."""
-        return self._engine.prepare()
-
-    def hardware(self) -> dict[str, Any]:
-        """The machine it runs on."""
-        return {**self._engine.hardware(), "process": os.getpid()}
-
-    def screen(self, rule: Filter) -> dict[str, str]:
-        """Why samples are left out, by id."""
-        return self._engine.screen(rule)
-
-    def keep(self, ids: Sequence[str]) -> None:
-        """Use the samples that the driver uses; numbers in units count these."""
-        kept = set(ids)
-        others = {name: "left out by the driver" for name in self._samples.ids if name not in kept}
-        if others:
-            self._samples = without(self._samples, others)
-            self._open(self._samples)
-
-    def calibrate(self, known: Sequence[tuple[Calibration, bytes | None]]) -> Parcel:
-        """Calibrate every detector of the scenario."""
-        parcel = Parcel(known)
-        self._engine.calibrate(parcel)
-        return parcel
-
-    def execute(self, unit: str, known: Sequence[tuple[Calibration, bytes | None]]) -> _Sent:
-        """Carry out a unit, by its id."""
-        parcel = Parcel(known)
-        trials = self._engine.execute(self._units[unit], parcel)
-        notes, self._notes[:] = list(self._notes), []
-        parcel.known = ()  # the driver has them
-        return _Sent(trials, parcel, notes)
-
-    def _open(self, samples: Samples) -> None:
-        self._engine = self._make(
-            self._plan, samples, self._device, self._notes.append, self._calibration
-        )
-        self._units = {unit.id: unit for unit in self._plan.units(len(samples))}
-
-
-@dataclass(slots=True)
 class _Pool:
     """The workers, by number."""
 
-    make: Callable[[], Any]
     actors: dict[int, Any] = field(default_factory=dict)
+    places: dict[int, Whereabouts] = field(default_factory=dict)
     units: Counter[int] = field(default_factory=Counter)
     trials: Counter[int] = field(default_factory=Counter)
+    recalled: int = 0
     replaced: int = 0
+
+    def host(self, number: int) -> str:
+        """Machine of a worker; "" where all are on one."""
+        hosts = {place.machine: place.host for place in self.places.values()}
+        return self.places[number].host if len(hosts) > 1 and number in self.places else ""
 
 
 class RayEngine:
@@ -139,6 +79,9 @@ class RayEngine:
         samples: the opened data set.
         device: ``auto``, ``cpu``, ``cuda``.
         warn: told what the user should know, once each.
+        cache: of attacked images, for workers on this machine; None makes all of them.
+        profile: receives the clocks of the workers; None without.
+        at_work: told what each worker does, whenever that changes.
 
     Raises:
         PlanError: if Ray is not installed, cannot be reached, or has nothing to work on.
@@ -150,43 +93,41 @@ class RayEngine:
         samples: Samples,
         device: str,
         warn: Callable[[str], None] = lambda message: None,
+        cache: ImageCache | None = None,
+        profile: Profile | None = None,
+        at_work: Callable[[AtWork], None] = lambda event: None,
     ) -> None:
         self._ray = _import_ray()
-        self._plan, self._warn = plan, warn
+        self._plan, self._warn, self._at_work = plan, warn, at_work
+        self._cache, self._profile = cache, profile
         self._ids = samples.ids
         self._identity: dict[str, Any] = {}
+        self._said: set[str] = set()
+        self._pool = _Pool()
         self._started = self._connect()
-        gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        self._on_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
-        self.device = "cuda" if self._on_gpu else "cpu"
-        cores = int(self._ray.cluster_resources().get("CPU", 1))
-        wanted = plan.scenario.engine.workers
-        most = gpus if self._on_gpu else max(1, cores // CORES)
-        self._count = most if wanted == "auto" else int(wanted)
-        available = gpus if self._on_gpu else cores
-        if not 1 <= self._count <= available:
-            what = "GPU" if self._on_gpu else "CPU core"
+        try:
+            self._measure(device)
+        except PlanError:
             self.close()
-            raise PlanError(
-                f"engine.workers: {wanted} asks for {count(self._count, 'worker')}, and Ray offers "
-                f"{count(available, what)}; give at most {available}, or auto"
-            )
-        self._threads = None if self._on_gpu else max(1, cores // self._count)
-        self._pool = _Pool(self._make)
+            raise
 
     def prepare(self) -> dict[str, Any]:
         """Start the workers and load every target in each; all must have loaded the same.
 
         Raises:
-            PlanError: if a target cannot be loaded, or two workers loaded different weights.
+            PlanError: if a target cannot be loaded, two workers loaded different weights, or a
+                worker's machine has other software.
         """
         self._pool.actors = {number: self._make() for number in range(1, self._count + 1)}
-        found = self._everywhere("prepare")
+        for number, place in enumerate(self._everywhere("whereabouts"), start=1):
+            self._check_software(number, place)
+            self._pool.places[number] = place
+        found = self._everywhere("prepare", self._setup)
         self._identity = dict(found[0])
         for number, other in enumerate(found[1:], start=2):
             if other != self._identity:
                 raise PlanError(
-                    f"worker {number} loaded other weights or data than worker 1; give every "
+                    f"{self._name(number)} loaded other weights or data than worker 1; give every "
                     "machine the same files, or fix `revision`"
                 )
         return self._identity
@@ -194,134 +135,167 @@ class RayEngine:
     def hardware(self) -> dict[str, Any]:
         """The machine of the first worker, and how many workers there are of each kind."""
         found = self._everywhere("hardware")
-        for one in found:
-            one.pop("process")
         kinds = Counter(str(one.get("gpu", one["platform"])) for one in found)
         return {**found[0], "workers": dict(kinds)}
 
     def screen(self, rule: Filter) -> dict[str, str]:
         """Leave out what a data set's filter leaves out; one worker asks."""
-        found: dict[str, str] = self._get(self._pool.actors[1].screen.remote(rule))
+        found: dict[str, str] = self._get(1, self._pool.actors[1].screen.remote(rule))
         self._ids = tuple(name for name in self._ids if name not in found)
         return found
 
     def results(
         self, units: Sequence[WorkUnit], store: RunStore, stop: Callable[[], bool]
     ) -> Iterator[Done]:
-        """Carry out units on all workers; see `redteam.engines.base.Engine`."""
+        """Carry out units on all workers; see `redteam.engines.base.Engine`.
+
+        Raises:
+            EngineError: if no worker is left and none can be started.
+        """
+        crew = None if self._profile is None else self._profile.crew(self._count, self.device)
         self._everywhere("keep", self._ids)
-        self._get(self._pool.actors[1].calibrate.remote(Parcel.of(store))).unpack(store)
-        known = self._ray.put(Parcel.of(store))
-        dispatch, deaths = Dispatch(units), Counter[str]()
-        running: dict[Any, tuple[int, WorkUnit]] = {}
-
-        def begin(number: int) -> None:
-            unit = None if stop() else dispatch.next(number)
-            if unit is not None:
-                running[self._pool.actors[number].execute.remote(unit.id, known)] = (number, unit)
-
-        for number in self._pool.actors:
-            begin(number)
-        while running:
-            ready, _ = self._ray.wait(list(running), num_returns=1, timeout=_PATIENCE)
-            for reference in ready:
-                number, unit = running.pop(reference)
-                done = self._outcome(reference, number, unit, store, deaths)
-                if done is None:
-                    dispatch.give_back(unit)
-                else:
-                    self._pool.units[number] += 1
-                    self._pool.trials[number] += len(done.trials)
-                    yield done
-                begin(number)
+        with nullcontext() if crew is None else crew.shift():
+            sent = self._get(1, self._pool.actors[1].calibrate.remote(Parcel.of(store)))
+            self._unpack(1, sent, store, crew)
+            yield from _Shift(self, units, store, stop, crew).results()
         self._say_who_did_what()
 
     def close(self) -> None:
         """Let the workers go, and the local Ray that was started for them."""
+        for actor in self._pool.actors.values():
+            self._ray.kill(actor)
+        self._pool.actors = {}
         if self._started:
             self._ray.shutdown()
 
-    def _outcome(
-        self,
-        reference: Any,  # noqa: ANN401 - an object reference of Ray
-        number: int,
-        unit: WorkUnit,
-        store: RunStore,
-        deaths: Counter[str],
-    ) -> Done | None:
-        """What came of a unit; None if it has to be done again."""
-        try:
-            sent = self._ray.get(reference)
-        except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError) as error:
-            deaths[unit.id] += 1
-            again = deaths[unit.id] < ATTEMPTS
-            self._warn(
-                f"worker {number} died over {unit.group.attack.label} (unit {unit.id}), "
-                f"time {deaths[unit.id]} of {ATTEMPTS}; it is replaced"
-                + ("" if again else ", and the trials of the unit are recorded as errors")
-            )
-            self._replace(number)
-            return None if again else Done(unit, self._lost(unit, error))
-        except self._ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            raise cause from None if isinstance(cause, RedteamError) else error
-        sent.parcel.unpack(store)
-        for note in dict.fromkeys(sent.notes):
-            self._warn(f"worker {number}: {note}")
-        return Done(unit, sent.trials)
-
-    def _lost(self, unit: WorkUnit, error: BaseException) -> list[Trial]:
-        """Error trials of a unit that no worker survives."""
-        wrong = failure(
-            WorkerDied(f"{ATTEMPTS} workers died over this unit, the last: {error}"), "ray worker"
-        )
-        names = [self._ids[index] for index in unit.samples]
-        root = self._plan.scenario.seed
-        return [
-            unmeasured(planned.cell, name, None, seed_of(root, unit.group.id, name), wrong)
-            for planned in unit.group.cells
-            for name in names
-        ]
-
-    def _replace(self, number: int) -> None:
-        self._pool.replaced += 1
-        actor = self._pool.actors[number] = self._make()
-        if self._get(actor.prepare.remote()) != self._identity:
+    def _measure(self, device: str) -> None:
+        """How many workers there are, and what each of them has."""
+        nodes = [one["Resources"] for one in self._ray.nodes() if one["Alive"]]
+        gpus = sum(int(one.get("GPU", 0)) for one in nodes)
+        cores = [int(one.get("CPU", 0)) for one in nodes]
+        self._on_gpu = device.startswith("cuda") or (device == "auto" and gpus > 0)
+        self.device = "cuda" if self._on_gpu else "cpu"
+        wanted = self._plan.scenario.engine.workers
+        most = gpus if self._on_gpu else max(1, sum(one // CORES for one in cores))
+        available = gpus if self._on_gpu else sum(cores)
+        self._count = most if wanted == "auto" else int(wanted)
+        if not 1 <= self._count <= available:
+            what = "GPU" if self._on_gpu else "CPU core"
             raise PlanError(
-                f"worker {number} was replaced and loaded other weights or data than the others"
+                f"engine.workers: {wanted} asks for {count(self._count, 'worker')}, and Ray offers "
+                f"{count(available, what)}; give at most {available}, or auto"
             )
-        self._get(actor.keep.remote(self._ids))
+        threads = None if self._on_gpu else threads_each(cores, self._count)
+        self._setup = Setup(
+            scenario=self._plan.scenario,
+            device=self.device,
+            threads=threads,
+            folder=str(Path.cwd()),
+            machine=machine(),
+            cache=self._cache,
+            profiled=self._profile is not None,
+        )
+
+    def _check_software(self, number: int, place: Whereabouts) -> None:
+        """A worker with other software would give other results under the name of this one."""
+        ours = software()
+        other = {
+            f"{what} {theirs} instead of {ours.get(what, 'absent')}"
+            for what, theirs in place.software.items()
+            if theirs != ours.get(what)
+        }
+        if other:
+            raise PlanError(
+                f"worker {number} (on {plain(place.host, 60)}) has {', '.join(sorted(other))}; "
+                + _ELSEWHERE
+            )
+
+    def _unpack(self, number: int, sent: Sent, store: RunStore, crew: Crew | None) -> None:
+        """Put what a worker sent where it belongs."""
+        sent.parcel.unpack(store)
+        if crew is not None and sent.clocks is not None:
+            crew.add(sent.clocks)
+        for note in dict.fromkeys(sent.notes):
+            if note not in self._said:  # every worker finds out for itself
+                self._said.add(note)
+                self._warn(f"worker {number}: {note}")
 
     def _make(self) -> Any:  # noqa: ANN401 - an actor of Ray
-        resources: dict[str, Any] = {"num_cpus": self._threads or 1, "max_restarts": 0}
+        resources: dict[str, Any] = {"num_cpus": self._setup.threads or 1, "max_restarts": 0}
         if self._on_gpu:
             resources["num_gpus"] = 1
-        actor = self._ray.remote(Worker).options(**resources)
-        return actor.remote(self._plan.scenario, self.device, self._threads, str(Path.cwd()))
+        return self._ray.remote(Worker).options(**resources).remote()
+
+    def _name(self, number: int) -> str:
+        host = self._pool.host(number)
+        return f"worker {number} (on {plain(host, 60)})" if host else f"worker {number}"
 
     def _everywhere(self, method: str, *arguments: Any) -> list[Any]:  # noqa: ANN401
         """Call a method of every worker and wait for all."""
-        asked = [getattr(one, method).remote(*arguments) for one in self._pool.actors.values()]
-        return [self._get(one) for one in asked]
+        asked = {
+            number: getattr(actor, method).remote(*arguments)
+            for number, actor in self._pool.actors.items()
+        }
+        if method == "whereabouts":
+            self._wait_for_places(list(asked.values()))
+        return [self._get(number, one) for number, one in asked.items()]
 
-    def _get(self, reference: Any) -> Any:  # noqa: ANN401 - of any method
-        """A result; what a worker raised about the user's scenario is raised as it was."""
+    def _wait_for_places(self, asked: list[Any]) -> None:
+        """Say so if the cluster has no room for all workers; it may have later."""
+        _, missing = self._ray.wait(asked, num_returns=len(asked), timeout=_SLOW)
+        if missing:
+            self._warn(
+                f"waiting for {len(missing)} of {count(self._count, 'worker')} to start; the "
+                f"cluster has {self._free()} free (ray status), or starts slowly"
+            )
+
+    def _free(self) -> str:
+        """What nobody uses of what a worker needs."""
+        free = self._ray.available_resources()
+        what = "GPU" if self._on_gpu else "CPU core"
+        return count(int(free.get("GPU" if self._on_gpu else "CPU", 0)), what)
+
+    def _get(self, number: int, reference: Any) -> Any:  # noqa: ANN401 - of any method
+        """A result; what a worker raised about the user's scenario is raised as it was.
+
+        Raises:
+            PlanError: if the worker lacks a module, or died.
+        """
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            raise cause from None if isinstance(cause, RedteamError) else error
-        except self._ray.exceptions.RayActorError as error:
-            raise PlanError(f"a worker of Ray died while it was preparing: {error}") from error
+            raise self._explained(number, error) from None
+        except self._ray.exceptions.RayError as error:
+            raise PlanError(
+                f"{self._name(number)} died while it was preparing: {_reason(error)}"
+            ) from error
+
+    def _explained(self, number: int, error: Any) -> BaseException:  # noqa: ANN401 - RayTaskError
+        """What a worker raised, as it was; a module it lacks is the user's to install."""
+        cause: BaseException = error.cause
+        if isinstance(cause, RedteamError):
+            # On one machine all workers see the same, so that the number says nothing.
+            host = self._pool.host(number)
+            return PlanError(f"{self._name(number)}: {cause}") if host else cause
+        if isinstance(cause, ImportError):
+            return PlanError(f"{self._name(number)} cannot start: {cause}; {_ELSEWHERE}")
+        failed: BaseException = error
+        return failed
 
     def _say_who_did_what(self) -> None:
+        pool = self._pool
         shares = "; ".join(
-            f"worker {number}: {count(self._pool.units[number], 'unit')}, "
-            f"{count(self._pool.trials[number], 'trial')}"
-            for number in self._pool.actors
+            f"{self._name(number)}: {count(pool.units[number], 'unit')}, "
+            f"{count(pool.trials[number], 'trial')}"
+            for number in range(1, self._count + 1)
         )
-        replaced = f"; {count(self._pool.replaced, 'worker')} replaced"
-        self._warn(shares + (replaced if self._pool.replaced else ""))
+        replaced = f"; {count(pool.replaced, 'worker')} replaced" if pool.replaced else ""
+        self._warn(shares + replaced)
+        if pool.recalled:
+            self._warn(
+                f"{count(pool.recalled, 'attacked image')} from the cache of earlier runs (redteam "
+                "cache); --no-cache makes all of them"
+            )
 
     def _connect(self) -> bool:
         """Join a cluster or start one on this machine; whether it is ours to end."""
@@ -331,7 +305,7 @@ class RayEngine:
         here = {"PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
         try:
             self._ray.init(
-                address=address,
+                address=address or "local",  # whatever RAY_ADDRESS says
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -346,6 +320,215 @@ class RayEngine:
                 "`ray status`, or use {type: local}"
             ) from error
         return True
+
+
+class _Shift:
+    """Units are handed out and come back, until all are done.
+
+    A worker that dies is replaced beside the work: nobody waits for it, and where there is no room
+    for another one (its machine went away) the others do its share.
+
+    Args:
+        engine: whose workers.
+        units: all that is to be done.
+        store: receives the images.
+        stop: whether nothing new should be begun.
+        crew: receives the workers' clocks.
+    """
+
+    def __init__(
+        self,
+        engine: RayEngine,
+        units: Sequence[WorkUnit],
+        store: RunStore,
+        stop: Callable[[], bool],
+        crew: Crew | None,
+    ) -> None:
+        self._engine, self._pool, self._ray = engine, engine._pool, engine._ray
+        self._store, self._stop, self._crew = store, stop, crew
+        self._dispatch = Dispatch(units)
+        self._known = self._ray.put(Parcel.of(store))
+        self._running: dict[Any, tuple[int, WorkUnit | None]] = {}  # None: it is being replaced
+        self._over: Counter[str] = Counter()  # deaths by unit
+        self._starts: Counter[int] = Counter()  # deaths of a worker in a row while it started
+        self._told: dict[int, AtWork] = {}
+        self._seen = time.monotonic()  # when a worker last had a unit
+        self._asked_for_help = False
+
+    def results(self) -> Iterator[Done]:
+        """Every unit that was done, as it comes back."""
+        self._hand_out()
+        while self._unfinished():
+            for reference in self._ready():
+                number, unit = self._running.pop(reference)
+                if unit is None:
+                    self._joined(reference, number)
+                elif (done := self._came_back(reference, number, unit)) is not None:
+                    yield done
+            self._hand_out()
+        for number, unit in self._running.values():
+            if unit is None:  # nothing is left for it to do
+                self._ray.kill(self._pool.actors.pop(number))
+
+    def _ready(self) -> list[Any]:
+        """What is there now."""
+        profile = self._engine._profile
+        if not self._running:
+            raise EngineError(
+                f"no worker is left: each died {ATTEMPTS} times while it started; what was "
+                "measured is safe, run again with the same --out to resume"
+            )
+        self._look_for_workers()
+        with nullcontext() if profile is None else profile.phase("waiting"):
+            ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_PATIENCE)
+        found: list[Any] = ready
+        return found
+
+    def _unfinished(self) -> bool:
+        held = any(unit is not None for _, unit in self._running.values())
+        return held or (len(self._dispatch) > 0 and not self._stop())
+
+    def _hand_out(self) -> None:
+        """A unit for every worker that has none."""
+        busy = {number for number, _ in self._running.values()}
+        for number in sorted(self._pool.actors.keys() - busy):
+            unit = None if self._stop() else self._dispatch.next(number)
+            self._tell(number, unit)
+            if unit is not None:
+                actor = self._pool.actors[number]
+                self._running[actor.execute.remote(unit.id, self._known)] = (number, unit)
+
+    def _came_back(self, reference: Any, number: int, unit: WorkUnit) -> Done | None:  # noqa: ANN401
+        """What came of a unit; None if it has to be done again."""
+        try:
+            sent: Sent = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise self._engine._explained(number, error) from None
+        except self._ray.exceptions.RayError as error:
+            return self._died(number, unit, error)
+        self._engine._unpack(number, sent, self._store, self._crew)
+        self._pool.units[number] += 1
+        self._pool.trials[number] += len(sent.trials)
+        self._pool.recalled += len({one.sample for one in sent.trials if NOTE in one.checks})
+        return Done(unit, sent.trials)
+
+    def _died(self, number: int, unit: WorkUnit, error: Exception) -> Done | None:
+        self._over[unit.id] += 1
+        deaths = self._over[unit.id]
+        again = deaths < ATTEMPTS
+        self._engine._warn(
+            f"{self._engine._name(number)} died over {plain(unit.group.attack.label, 60)} (unit "
+            f"{unit.id}), time {deaths} of {ATTEMPTS}; it is replaced"
+            + ("" if again else ", and the trials of the unit are recorded as errors")
+        )
+        self._replace(number)
+        if not again:
+            return Done(unit, self._lost(unit, error))
+        self._dispatch.give_back(unit)
+        return None
+
+    def _replace(self, number: int) -> None:
+        self._pool.replaced += 1
+        # It may only be out of reach: two of one number must not work.
+        self._ray.kill(self._pool.actors.pop(number))
+        actor = self._pool.actors[number] = self._engine._make()
+        joining = actor.join.remote(self._engine._setup, self._engine._ids)
+        self._running[joining] = (number, None)
+        self._tell(number, None, starting=True)
+
+    def _joined(self, reference: Any, number: int) -> None:  # noqa: ANN401 - a reference of Ray
+        """A worker was replaced, or the one that should have died too."""
+        engine = self._engine
+        try:
+            identity = self._ray.get(reference)
+            engine._pool.places[number] = place = self._ray.get(
+                self._pool.actors[number].whereabouts.remote()
+            )
+        except self._ray.exceptions.RayTaskError as error:
+            raise engine._explained(number, error) from None
+        except self._ray.exceptions.RayError as error:
+            self._starts[number] += 1
+            again = self._starts[number] < ATTEMPTS
+            engine._warn(
+                f"worker {number} died while it started, time {self._starts[number]} of "
+                f"{ATTEMPTS}: {_reason(error)}" + ("" if again else "; the others do its share")
+            )
+            if again:
+                self._replace(number)
+            else:
+                del self._pool.actors[number]
+                engine._at_work(self._event(number, None, "gone"))
+            return
+        self._starts[number] = 0
+        engine._check_software(number, place)
+        if identity != engine._identity:
+            raise PlanError(
+                f"{engine._name(number)} was replaced and loaded other weights or data than the "
+                "others; give every machine the same files"
+            )
+
+    def _look_for_workers(self) -> None:
+        """Say so when nobody works and nobody can be started; give up in the end."""
+        if any(unit is not None for _, unit in self._running.values()):
+            self._seen = time.monotonic()
+            self._asked_for_help = False
+            return
+        silent = time.monotonic() - self._seen
+        if silent > _GIVE_UP:
+            raise EngineError(
+                f"no worker could be started for {_GIVE_UP / 60:.0f} minutes; what was measured is "
+                "safe, run again with the same --out to resume"
+            )
+        if silent > _SLOW and not self._asked_for_help:
+            self._asked_for_help = True
+            self._engine._warn(
+                "no worker is left and none has been started yet; the cluster has "
+                f"{self._engine._free()} free (ray status)"
+            )
+
+    def _lost(self, unit: WorkUnit, error: BaseException) -> list[Trial]:
+        """Error trials of a unit that no worker survives."""
+        wrong = failure(
+            WorkerDied(f"{ATTEMPTS} workers died over this unit, the last: {error}"), "ray worker"
+        )
+        names = [self._engine._ids[index] for index in unit.samples]
+        root = self._engine._plan.scenario.seed
+        return [
+            unmeasured(planned.cell, name, None, seed_of(root, unit.group.id, name), wrong)
+            for planned in unit.group.cells
+            for name in names
+        ]
+
+    def _tell(self, number: int, unit: WorkUnit | None, *, starting: bool = False) -> None:
+        """Say what a worker does, if that is news."""
+        doing = "starting" if starting else "waiting" if unit is None else "unit"
+        event = self._event(number, unit, doing)
+        if self._told.get(number) != event:
+            self._told[number] = event
+            self._engine._at_work(event)
+
+    def _event(self, number: int, unit: WorkUnit | None, doing: Any) -> AtWork:  # noqa: ANN401
+        pool = self._pool
+        return AtWork(
+            number, doing, unit, pool.units[number], pool.trials[number], pool.host(number)
+        )
+
+
+def threads_each(cores: Sequence[int], workers: int) -> int:
+    """Most CPU cores that each of so many workers can have, none of them spread over two machines.
+
+    Args:
+        cores: of each machine.
+        workers: at least 1, at most all cores.
+    """
+    most = max(1, sum(cores) // workers)
+    fitting = (each for each in range(most, 1, -1) if sum(n // each for n in cores) >= workers)
+    return next(fitting, 1)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what Ray says; the rest is for developers of Ray."""
+    return plain(str(error).strip().partition("\n")[0], 300)
 
 
 def _import_ray() -> Any:  # noqa: ANN401 - a module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 from workplace import ROOT, SAMPLES, Workplace, cells, ledger
+
+from redteam.cache import NOTE
 
 ray = pytest.importorskip("ray", reason="needs the extra [ray]")
 ENGINE = "engine: {type: ray, workers: 2, batch_size: 2, device: cpu}"
@@ -27,7 +30,7 @@ from redteam import Attack, Knowledge
 
 @dataclass(frozen=True, kw_only=True)
 class Mortal(Attack):
-    """Kills the process it runs in.
+    """Kills the process it runs in on one sample, and breaks on another.
 
     Args:
         deaths: how often, at least 0.
@@ -46,6 +49,8 @@ class Mortal(Attack):
                 except FileExistsError:
                     continue
                 os.kill(os.getpid(), signal.SIGKILL)
+        if "s1" in batch.ids:
+            raise ArithmeticError("s1 is too much for me")
         return batch.images
 '''
 
@@ -78,30 +83,81 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def compared(trial: dict[str, Any]) -> dict[str, Any]:
     """A trial without what may differ: how long things took."""
     kept = {key: value for key, value in trial.items() if key not in ("timings", "demands")}
+    kept["checks"] = [check for check in trial["checks"] if check != NOTE]
     tokens = {
         name: (one["tokens"], one["generated"]) for name, one in (trial["demands"] or {}).items()
     }
     return {**kept, "demands": tokens}
 
 
-def test_it_finds_what_the_local_engine_finds(workplace: Workplace) -> None:
+def test_it_finds_what_the_local_engine_finds(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workplace.edit("batch_size: 4", "batch_size: 2")
     assert workplace.redteam("run", "scenario.yaml", "--out", "local").returncode == 4
     workplace.edit("engine: {type: local, batch_size: 2, device: cpu}", ENGINE)
-    done = workplace.redteam("run", "scenario.yaml", "--out", "ray")
+    monkeypatch.setenv("REDTEAM_CACHE", str(tmp_path / "cache"))
+    done = workplace.redteam("run", "scenario.yaml", "--out", "ray", "--profile")
     assert done.returncode == 4, done.stderr
     assert "worker 1: " in done.stderr
     assert "worker 2: " in done.stderr
+    check_equal(workplace, "local", "ray")
+    check_profile(workplace, done.stderr)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.image")}
+    images = 3 * SAMPLES  # of PGD one a sample, of CAA one for each compression
+    assert len(kept) == images
+    done = workplace.redteam("run", "scenario.yaml", "--out", "again")
+    assert done.returncode == 4, done.stderr
+    assert f"{images} attacked images from the cache of earlier runs" in done.stderr
+    check_equal(workplace, "local", "again")
+    recalled = [t for t in ledger(workplace.folder / "again") if NOTE in t["checks"]]
+    assert len(recalled) == 4 * SAMPLES
+    assert not any(NOTE in t["checks"] for t in ledger(workplace.folder / "ray"))
+    assert {path.name for path in (tmp_path / "cache").rglob("*.image")} == {p.name for p in kept}
+
+
+@pytest.mark.exhaustive
+def test_no_cache_is_none_for_the_workers_too(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace.edit("engine: {type: local, batch_size: 4, device: cpu}", ENGINE)
+    monkeypatch.setenv("REDTEAM_CACHE", str(tmp_path / "cache"))
+    assert workplace.redteam("run", "scenario.yaml", "--out", "first").returncode == 4
+    done = workplace.redteam("run", "scenario.yaml", "--out", "second", "--no-cache")
+    assert "from the cache" not in done.stderr
+    assert not any(NOTE in t["checks"] for t in ledger(workplace.folder / "second"))
+    check_equal(workplace, "first", "second")
+
+
+def check_equal(place: Workplace, first: str, second: str) -> None:
     one, other = (
-        {(t["cell"], t["sample"]): compared(t) for t in ledger(workplace.folder / name)}
-        for name in ("local", "ray")
+        {(t["cell"], t["sample"]): compared(t) for t in ledger(place.folder / name)}
+        for name in (first, second)
     )
     assert one == other
     images = [
-        {path.name for path in (workplace.folder / name / "images").rglob("*.png")}
-        for name in ("local", "ray")
+        {path.name for path in (place.folder / name / "images").rglob("*.png")}
+        for name in (first, second)
     ]
     assert images[0] == images[1]
+
+
+def check_profile(place: Workplace, said: str) -> None:
+    """Every second of every worker counts once, and so does every second of the driver."""
+    assert "where the workers' time went" in said
+    assert "where the driver's time went" in said
+    (session,) = json.loads((place.folder / "ray" / "profile.json").read_text())["sessions"]
+    assert session["workers"] == 2
+    for phases, whole in (("phases", "worker_seconds"), ("driver", "wall_seconds")):
+        total = sum(one["seconds"] for one in session[phases].values())
+        assert total == pytest.approx(session[whole], abs=0.05), phases
+    for name in ("vision tower", "LLM prefill", "token selection", "attack backward", "harness"):
+        assert session["phases"][name]["seconds"] > 0, name
+    for name in ("loading", "images and ledger", "waiting", "harness"):
+        assert session["driver"][name]["seconds"] > 0, name
+    assert session["worker_seconds"] < 2 * session["wall_seconds"]
+    page = (place.folder / "ray" / "report.html").read_text()
+    assert "s of 2 workers on cpu" in page
 
 
 @pytest.mark.parametrize("deaths", [1, 3])
@@ -123,7 +179,13 @@ def test_a_worker_that_dies_is_replaced(
     trials = ledger(workplace.folder / "run")
     keys = [(trial["cell"], trial["sample"]) for trial in trials]
     assert len(keys) == len(set(keys)) == len(cells(workplace.folder / "run")) * SAMPLES
-    failed = [trial for trial in trials if trial["error"]]
+    broken = [t for t in trials if t["error"] and t["error"]["type"] == "ArithmeticError"]
+    assert [trial["sample"] for trial in broken] == ["s1", "s1"], "once for each compression"
+    for trial in broken:
+        assert trial["error"]["where"] == "attack mortal"
+        assert "s1 is too much for me" in trial["error"]["traceback"]
+        assert "mortal.py" in trial["error"]["traceback"]
+    failed = [trial for trial in trials if trial["error"] and trial not in broken]
     if deaths < 3:
         assert failed == [], "the unit was done again"
     else:

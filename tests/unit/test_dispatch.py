@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from redteam.engines.dispatch import Dispatch
 from redteam.engines.parcel import Parcel
+from redteam.engines.ray import threads_each
 from redteam.errors import ScenarioError
 from redteam.plan import make_plan
 from redteam.scenario import load_limited
@@ -99,3 +100,22 @@ def test_ray_takes_workers_and_an_address() -> None:
     given_ = load_limited("quickstart", ["engine={type: ray, workers: 3, address: auto}"], None)
     assert (given_.engine.workers, given_.engine.address) == (3, "auto")
     assert given_.hash == load_limited("quickstart", [], None).hash, "how is not what"
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "each"),
+    [
+        ([2], 2, 1),
+        ([8], 3, 2),
+        ([3, 1], 2, 1),  # two each would leave the second worker without a machine
+        ([4, 4], 3, 2),
+        ([16, 16], 2, 16),
+        ([1, 1], 2, 1),
+        ([64, 2], 2, 32),
+    ],
+)
+def test_no_worker_needs_more_cores_than_a_machine_has(
+    cores: list[int], workers: int, each: int
+) -> None:
+    assert threads_each(cores, workers) == each
+    assert sum(one // each for one in cores) >= workers
