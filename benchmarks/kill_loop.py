@@ -6,6 +6,10 @@ them are affordable. The processes are forked from one that has imported torch. 
 a random part of the time that an uninterrupted run takes; then the same command is started again,
 and killed again, until all trials are there; the last one ends by itself. What it then says has to
 be what the uninterrupted run says. Writes benchmarks/results/kill_loop.json.
+
+With ``--engine ray`` every run starts a Ray of two workers, which takes most of its time; what is
+killed is the driver. Every second run is resumed to its end by the local engine instead. Looked at
+is also how long processes of Ray outlive their driver. ``--data`` says where the figures go.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ import platform
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -28,12 +34,16 @@ ROOT: Final = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import forked  # noqa: E402 - from tests/support
+import ray_place  # noqa: E402
 import stub_place  # noqa: E402
 from workplace import Workplace  # noqa: E402
 
 from reports.errors import LedgerError  # noqa: E402
 from reports.store import RunStore  # noqa: E402
 
+ENGINES: Final = {"local": ray_place.LOCAL, "ray": ray_place.ENGINE}
+ORPHANS: Final = 60.0
+"""Seconds in which the processes of a killed driver have to end."""
 TRIALS: Final = stub_place.CELLS * stub_place.SAMPLES
 
 
@@ -80,10 +90,13 @@ class Loop:
     Args:
         place: with the scenario.
         seed: of the moments.
+        engine: of the runs, a name of `ENGINES`.
     """
 
-    def __init__(self, place: Workplace, seed: int) -> None:
+    def __init__(self, place: Workplace, seed: int, engine: str) -> None:
         self._place, self._rng = place, random.Random(seed)  # noqa: S311 - no secret
+        self._engine, self._mark = engine, ""
+        self.outlived: list[float] = []
         self.killed: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -94,9 +107,11 @@ class Loop:
             raise SystemExit(f"the uninterrupted run ended with {code}: see {place.folder}")
         self._whole = summary(place.folder / "whole")
 
-    def _start(self, name: str) -> int:
+    def _start(self, name: str, engine: str = "") -> int:
         log = self._place.folder / f"{name}.log"
-        return forked.start(self._place, "run", "scenario.yaml", "--out", name, log=log)
+        self._mark = os.environ[ray_place.MARK] = uuid.uuid4().hex
+        how = ("--set", f"engine={ENGINES[engine or self._engine]}")
+        return forked.start(self._place, "run", "scenario.yaml", "--out", name, *how, log=log)
 
     def round(self, name: str, kills: int) -> None:
         """One run, killed until it has all trials or survives, or there have been enough kills."""
@@ -104,7 +119,9 @@ class Loop:
         while self.counts["kills"] < kills and self._killed(name):
             if self._look(run):
                 break  # from here on there are only reports to kill
-        code = forked.wait(self._start(name))
+        last = "local" if self.counts["runs"] % 2 else self._engine
+        code = forked.wait(self._start(name, last))
+        self.counts[f"resumed by {last}"] += 1
         self._require(code == 4, f"{name}: the last resume ended with {code}")
         self.counts["resumed to the end"] += code == 4
         self.counts["runs"] += 1
@@ -121,10 +138,19 @@ class Loop:
         os.kill(pid, signal.SIGKILL)
         code = forked.wait(pid)
         if code == -signal.SIGKILL:
+            self._wait_for_orphans(name)
             return True
         self._require(code == 4, f"{name}: a resume ended with {code}")
         self.counts["ended before the kill"] += 1
         return False
+
+    def _wait_for_orphans(self, name: str) -> None:
+        """How long what the driver had started lives on."""
+        if self._engine == "local":
+            return
+        seconds = ray_place.seconds_until_gone(self._mark, ORPHANS)
+        self._require(seconds is not None, f"{name}: {ray_place.marked(self._mark)} live on")
+        self.outlived.append(ORPHANS if seconds is None else seconds)
 
     def _look(self, run: Path) -> bool:
         """Look at what a kill has left; whether all trials are there."""
@@ -149,6 +175,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that an answer takes")
+    parser.add_argument("--engine", choices=ENGINES, default="local")
     parser.add_argument("--data", type=Path, default=Path("benchmarks/results/kill_loop.json"))
     arguments = parser.parse_args()
     forked.warm()
@@ -156,13 +183,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = stub_place.build(Path(folder) / "place")
         place.edit("{type: stub}", f"{{type: stub, delay: {arguments.delay}}}")
-        loop, number = Loop(place, arguments.seed), 0
+        loop, number = Loop(place, arguments.seed, arguments.engine), 0
         while loop.counts["kills"] < arguments.kills:
             number += 1
             loop.round(f"run {number}", arguments.kills)
     data = {
         "command": f"python benchmarks/kill_loop.py --kills {arguments.kills} "
-        f"--seed {arguments.seed} --delay {arguments.delay}",
+        f"--seed {arguments.seed} --delay {arguments.delay} --engine {arguments.engine}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}",
         "seconds of an uninterrupted run": round(loop.seconds, 2),
@@ -171,6 +198,11 @@ def main() -> None:
         "state at the kill": dict(loop.killed.most_common()),
         "wrong": loop.wrong,
     }
+    if loop.outlived:
+        data["seconds that processes of Ray outlived their driver"] = {
+            "most": round(max(loop.outlived), 1),
+            "median": round(statistics.median(loop.outlived), 1),
+        }
     arguments.data.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(data, indent=1))
     raise SystemExit(bool(loop.wrong))
