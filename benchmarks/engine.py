@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Final
 
 OUT: Final = Path("benchmarks/results/engine.json")
+PLOT: Final = Path("docs/results/engine-growth.svg")
 SCENARIO: Final = "scenarios/quickstart.yaml"
 BUDGETS: Final = tuple(f"{n}/255" for n in (1, 2, 4, 8, 12, 16))
 
@@ -287,10 +288,11 @@ def growth(samples: int, device: str) -> dict[str, Any]:
     def seconds(count: int, attacks: str, budgets: int = 1) -> float:
         epsilons = ", ".join(BUDGETS[:budgets])
         given = [*fixed, f"attacks=[{attacks}]", f"epsilons=[{epsilons}]"]
-        return round(_run(given, count)[0], 2)
+        return round(statistics.median(_run(given, count)[0] for _ in range(3)), 2)
 
     few = max(8, samples // 4)
-    named = [f"{{type: noise, name: n{i}}}" for i in range(4)]
+    # Attacks alike share their images, so these differ.
+    named = [f"{{type: pgd, steps: 2, momentum: {i / 10}, name: p{i}}}" for i in range(4)]
     found: dict[str, Any] = {
         "samples": {n: seconds(n, pgd) for n in (few, 2 * few, 4 * few)},
         "attacks": {n: seconds(few, ", ".join(named[:n])) for n in (1, 2, 4)},
@@ -300,7 +302,35 @@ def growth(samples: int, device: str) -> dict[str, Any]:
     for n in (few, 4 * few, 16 * few):
         _run([*fixed, f"attacks=[{noise}]"], n)
         peaks[n * 4] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"seconds": found, "peak_MiB_by_trials": peaks}
+    result = {"seconds": found, "peak_MiB_by_trials": peaks}
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    PLOT.write_text(drawn({**found, "trials (MiB of memory)": peaks}), encoding="utf-8")
+    return result
+
+
+def drawn(axes: dict[str, dict[int, float]]) -> str:
+    """Panels side by side as SVG: what is counted across, seconds (or MiB) upwards, from 0."""
+    panels = []
+    for place, (name, points) in enumerate(axes.items()):
+        wide, high = max(points), max(points.values())
+        spots = [(20 + 160 * x / wide, 150 - 120 * y / high) for x, y in points.items()]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        marks = "".join(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/><text x="{x:.1f}" y="{y - 8:.1f}" '
+            f'text-anchor="middle">{value:g}</text><text x="{x:.1f}" y="166" '
+            f'text-anchor="middle">{count}</text>'
+            for (x, y), (count, value) in zip(spots, points.items(), strict=True)
+        )
+        panels.append(
+            f'<g transform="translate({place * 210} 0)"><path d="M20 20V150H190" fill="none" '
+            f'stroke="#888"/><polyline points="{line}" fill="none" stroke="#1667b7" '
+            f'stroke-width="2"/>{marks}<text x="100" y="185" text-anchor="middle">{name}</text></g>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {210 * len(axes)} 200" '
+        'font-family="sans-serif" font-size="11"><title>Seconds of a run along each axis, and '
+        f"memory</title><rect width='100%' height='100%' fill='#fff'/>{''.join(panels)}</svg>\n"
+    )
 
 
 PARTS: Final[dict[str, Callable[[int, str], dict[str, Any]]]] = {
