@@ -164,4 +164,7 @@ def _replaced(best: Proposal, rows: Sequence[int], found: Proposal, take: Tensor
         None if old is None or new is None else old.index_copy(1, where, new[:, take])
         for old, new in ((best.loss, found.loss), (best.gradient, found.gradient))
     ]
-    return replace(best, images=images, loss=traces[0], gradient=traces[1])
+    kept = None
+    if best.kept is not None and found.kept is not None:
+        kept = best.kept.index_copy(0, where, found.kept[take])
+    return replace(best, images=images, loss=traces[0], gradient=traces[1], kept=kept)

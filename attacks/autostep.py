@@ -72,7 +72,7 @@ def autostep(
 
     first = None if random_start else batch.images
     best = best_restart(run, batch.images, budget, rng, mask, first)
-    return Proposal(best.images, best.loss, best.gradient, mask)
+    return Proposal(best.images, best.loss, best.gradient, mask, kept=best.best)
 
 
 class _Best:

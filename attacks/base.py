@@ -34,6 +34,19 @@ _COMPRESSION_AWARE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class OwnLoss:
+    """What the loss of an attack says of one image; minimised.
+
+    Attributes:
+        kept: of the image that was kept; None where none was judged.
+        best: the least on the way to it; None likewise.
+    """
+
+    kept: float | None = None
+    best: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Proposal:
     """What `propose` may return instead of bare images.
 
@@ -41,12 +54,15 @@ class Proposal:
         images: ``[B, 3, H, W]``; projected and rounded by the base class.
         loss: ``[steps + 1, B]``, minimised, NaN where a step was not judged; None if nothing was
             optimised.
+        kept: ``[B]`` loss of `images`. None where an author does not say: then it is taken to be
+            the last that was judged, because that is what a loop returns which keeps no best.
         gradient: ``[steps, B]`` largest absolute pixel gradient of each step.
         mask: ``[B, 1, H, W]`` of 0 and 1; pixels with 0 are restored to the clean image exactly.
         notes: remarks for the report, e.g. a component that could not be used.
         made_by: of an attack made of others, what made each sample's image; empty for the rest.
         checks: of an attack made of others, the self-checks of what made each sample's image, in
             place of those of `loss` and `gradient`.
+        own: likewise, what the loss of what made each sample's image says of it.
         forwards: passes of one picture through a model, per sample, that went through no view.
         backwards: gradients taken through these.
     """
@@ -60,6 +76,8 @@ class Proposal:
     checks: tuple[tuple[str, ...], ...] | None = None
     forwards: int = 0
     backwards: int = 0
+    kept: Tensor | None = None
+    own: tuple[OwnLoss, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +97,7 @@ class AttackResult:
         base: ``[B, 3, H, W]`` what the budget is measured from (`Attack.canvas` of the clean
             images), exact multiples of 1/255.
         made_by: see `Proposal`.
+        own: per sample what the attack's loss says of the image.
     """
 
     images: Tensor
@@ -92,6 +111,7 @@ class AttackResult:
     queries: int
     base: Tensor
     made_by: tuple[str, ...]
+    own: tuple[OwnLoss, ...]
 
 
 class Attack(ABC):
@@ -313,10 +333,13 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
     linf, l2 = norms((to_levels(images) - to_levels(base)).double() / 255)
     count = len(base)
     losses = _columns(proposal.loss, count)
+    own = proposal.own
+    if own is None:
+        own = tuple(map(_own, losses, _kept(proposal.kept, count)))
     checks = proposal.checks
     if checks is None:
-        pairs = zip(losses, _columns(proposal.gradient, count), strict=True)
-        checks = tuple(run_checks(*pair) for pair in pairs)
+        parts = zip(losses, _columns(proposal.gradient, count), own, strict=True)
+        checks = tuple(run_checks(loss, slope, one.kept) for loss, slope, one in parts)
     return AttackResult(
         images=images,
         loss=[_thin([value for value in column if not math.isnan(value)]) for column in losses],
@@ -329,6 +352,7 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
         queries=math.ceil(meter.queries / max(count, 1)),
         base=base,
         made_by=proposal.made_by,
+        own=own,
     )
 
 
@@ -363,6 +387,20 @@ def _columns(trace: Tensor | None, count: int) -> list[list[float]]:
         return [[] for _ in range(count)]
     columns: list[list[float]] = trace.detach().double().cpu().t().tolist()
     return columns
+
+
+def _kept(losses: Tensor | None, count: int) -> list[float | None]:
+    found: list[float | None] = [None] * count
+    return found if losses is None else losses.detach().double().cpu().tolist()
+
+
+def _own(losses: Sequence[float], kept: float | None) -> OwnLoss:
+    """Of one sample's trace and the loss of its image, the last judged if nobody says."""
+    seen = [value for value in losses if not math.isnan(value)]
+    if not seen:
+        return OwnLoss(kept, kept)
+    kept = seen[-1] if kept is None else kept
+    return OwnLoss(kept, min(*seen, kept))
 
 
 def _thin(values: list[float]) -> list[float]:

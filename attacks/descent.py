@@ -103,7 +103,7 @@ def descend(
         return _run(objective, batch, budget, begin, how, mask)
 
     best = best_restart(run, batch.images, budget, rng, mask, first)
-    return Proposal(best.images, best.loss, best.gradient, mask)
+    return Proposal(best.images, best.loss, best.gradient, mask, kept=best.best)
 
 
 def best_restart(

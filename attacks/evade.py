@@ -169,11 +169,14 @@ class _Search:
 
     def result(self, notes: tuple[str, ...], forwards: int, backwards: int) -> Proposal:
         """The best images."""
-        loss, gradient = (
-            (None, None) if self._found is None else (self._found.loss, self._found.gradient)
-        )
-        return Proposal(
-            self._images, loss, gradient, None, notes, forwards=forwards, backwards=backwards
+        found = Proposal(self._images) if self._found is None else self._found
+        return replace(
+            found,
+            images=self._images,
+            mask=None,
+            notes=notes,
+            forwards=forwards,
+            backwards=backwards,
         )
 
 
@@ -181,9 +184,9 @@ def _merged(old: Proposal, new: Proposal, take: Tensor) -> Proposal:
     """Traces of the run that each sample's image comes from."""
     traces = [
         None if one is None or two is None else torch.where(take, two, one)
-        for one, two in ((old.loss, new.loss), (old.gradient, new.gradient))
+        for one, two in ((old.loss, new.loss), (old.gradient, new.gradient), (old.kept, new.kept))
     ]
-    return replace(old, loss=traces[0], gradient=traces[1])
+    return replace(old, loss=traces[0], gradient=traces[1], kept=traces[2])
 
 
 def _settled(batch: Batch, found: Proposal, budget: Budget) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 from torch import Tensor
 
-from attacks.base import Attack, Proposal
+from attacks.base import Attack, OwnLoss, Proposal
 from attacks.budget import LEVELS, Budget, to_levels
 from attacks.goal import QUESTIONS, Judge
 from attacks.members import gradients, make_member
@@ -102,6 +102,7 @@ class _Search:
     made_by: list[str]
     loss: list[list[float]]
     checks: list[tuple[str, ...]]
+    own: list[OwnLoss]
     notes: list[str]
     whole: int
 
@@ -116,6 +117,7 @@ class _Search:
             made_by=[CLEAN] * count,
             loss=[[] for _ in range(count)],
             checks=[()] * count,
+            own=[OwnLoss()] * count,
             notes=[],
             whole=levels,
         )
@@ -135,6 +137,7 @@ class _Search:
                 self.made_by[row] = (made.result.made_by or (name,) * len(made.rows))[place]
                 self.loss[row] = made.result.loss[place]
                 self.checks[row] = made.result.checks[place]
+                self.own[row] = made.result.own[place]
 
     def due(self, resolution: int) -> dict[int, list[int]]:
         """Rows whose ends are further apart than the resolution, by the budget to try next."""
@@ -152,4 +155,5 @@ class _Search:
             notes=tuple(self.notes),
             made_by=tuple(self.made_by),
             checks=tuple(self.checks),
+            own=tuple(self.own),
         )

@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from attacks.base import Attack, AttackResult, Proposal
+from attacks.base import Attack, AttackResult, OwnLoss, Proposal
 from attacks.budget import Budget
 from attacks.errors import AttackError
 from attacks.goal import QUESTIONS, Judge
@@ -171,6 +171,7 @@ class _Kept:
     near: Tensor  # float64 [B]; +inf once broken
     loss: list[list[float]]
     checks: list[tuple[str, ...]]
+    own: list[OwnLoss]
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -182,6 +183,7 @@ class _Kept:
             near=torch.full((count,), -math.inf, dtype=torch.float64),
             loss=[[] for _ in range(count)],
             checks=[()] * count,
+            own=[OwnLoss()] * count,
         )
 
     def take(self, name: str, made: Made, broken: Tensor, near: Tensor) -> None:
@@ -195,6 +197,7 @@ class _Kept:
                 self.made_by[row] = (made.result.made_by or (name,) * len(made.rows))[place]
                 self.loss[row] = made.result.loss[place]
                 self.checks[row] = made.result.checks[place]
+                self.own[row] = made.result.own[place]
 
     def proposal(self) -> Proposal:
         """What `propose` returns."""
@@ -204,6 +207,7 @@ class _Kept:
             notes=tuple(self.notes),
             made_by=tuple(self.made_by),
             checks=tuple(self.checks),
+            own=tuple(self.own),
         )
 
 

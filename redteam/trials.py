@@ -16,6 +16,7 @@ from reports.records import (
     Demands,
     Detection,
     Effort,
+    Objective,
     Pipelines,
     Swap,
     Tokens,
@@ -47,6 +48,7 @@ class Attacked:
         made_by: which part of a combined attack made it.
         base: what its budget was measured from.
         pipeline: hash of the defended target it was made on; "" if on none.
+        objective: what the attack's loss says of it.
     """
 
     shot: Shot
@@ -59,6 +61,7 @@ class Attacked:
     made_by: str
     base: Shot
     pipeline: str = ""
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,7 @@ def measured(
         clean_png=clean.png,
         attacked_png=attacked.shot.png,
         loss=attacked.loss,
+        objective=attacked.objective,
         checks=list(attacked.checks),
         timings={name: round(seconds, 6) for name, seconds in timings.items()},
     )

@@ -30,9 +30,16 @@ ALPHA = 0.05
 """Two-sided level of the paired tests, divided by the number of comparisons made for a cell."""
 TOLERANCE = 0.01
 """A rate may fall by this much (one point) along a curve, or rise with twice the steps."""
-MAX_SHARE = {"zero-gradient": 0.0, "no-progress": 0.05, "not-decreasing": 0.05, "unfinished": 0.05}
+MAX_SHARE = {
+    "zero-gradient": 0.0,
+    "no-progress": 0.05,
+    "not-decreasing": 0.05,
+    "unfinished": 0.05,
+    "silent-success": 0.0,
+}
 """Of the samples that could be broken, the share on which a code may stand before the cell is in
-doubt: none for a gradient of zero, else what a gate tolerates in errors, for the same reason."""
+doubt: none for what no sound attack does, else what a gate tolerates in errors, for the same
+reason."""
 
 REMEDY = {
     "zero-gradient": "use a straight-through or BPDA gradient, float32, or another loss",
@@ -41,6 +48,7 @@ REMEDY = {
     "not-decreasing": "lower alpha or use a decaying schedule",
     "unfinished": "raise steps, or run the attack with twice the steps in the same scenario: if "
     "that breaks no more, this is lifted",
+    "silent-success": "keep the best iterate of the path, not the last",
     "no-gain": "give it more steps, restarts or another loss; if the model really withstands it, "
     "show in the same scenario that it beats noise at a larger epsilon; with few samples take more",
     "no-control": "list noise beside the attack, at the same epsilons and in the same norm: "

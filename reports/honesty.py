@@ -252,6 +252,21 @@ def _gradients(case: Case) -> Outcome:
     return _passed("no gradient was zero, and the loss went down")
 
 
+def _best_kept(case: Case) -> Outcome:
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    doubt = case.told(case.white, "silent-success")
+    if doubt is not None:
+        return _failed(f"{_name(doubt.cell)}: {doubt.message}")
+    for cell in case.white:
+        if not any(row.judged for row in case.measured(cell).values()):
+            return (
+                State.NOT_CHECKED,
+                f"the loss of the image that {_name(cell)} kept is not recorded",
+            )
+    return _passed("no image was kept, unbroken, with a worse loss than one on the way to it")
+
+
 def _converged(case: Case) -> Outcome:
     if not case.white:
         return _needs(3, "adaptive attack with gradients")
@@ -624,8 +639,8 @@ RULES: Final[tuple[Rule, ...]] = (
         8,
         "best iterate kept",
         "MUST",
-        "",
-        _unchecked("the loss of the image that was kept is not recorded"),
+        "keep the best iterate of the path, not the last, and say its loss (`Proposal.kept`)",
+        _best_kept,
     ),
     Rule(
         9,

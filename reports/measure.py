@@ -81,6 +81,8 @@ class Row(NamedTuple):
     """Of the four answers; empty if unknown."""
     traced: bool = False
     """The attack left a trace of its loss."""
+    judged: bool = False
+    """The loss of the image that was kept is recorded."""
     saved: bool = False
     """The attacked image is in the run folder."""
     fallbacks: tuple[bool, bool] = (False, False)
@@ -135,6 +137,7 @@ def row_of(trial: Trial) -> Row:
         pipelines=_pipelines(trial),
         seconds=() if demands is None else _seconds_of(demands),
         traced=len(trial.loss) > 1,
+        judged=trial.objective is not None and trial.objective.kept is not None,
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,
         fallbacks=_fallbacks(demands),

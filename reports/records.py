@@ -137,6 +137,15 @@ class Effort(_Record):
     """Questions to the deployed target."""
 
 
+class Objective(_Record):
+    """What the loss of an attack says of the image it made; minimised, in the attack's own unit."""
+
+    kept: float | None = None
+    """Of the image that was kept; None where the attack judged none by a loss."""
+    best: float | None = None
+    """The least on the way to it."""
+
+
 class Demand(_Record):
     """What one answer demanded of the model."""
 
@@ -254,6 +263,8 @@ class Trial(_Record):
     """In cells of a detector: its scores."""
     loss: list[float] = Field(default_factory=list)
     """The attack's loss trace, at most 64 points, first and last included."""
+    objective: Objective | None = None
+    """None in ledgers from before it was recorded."""
     checks: list[str] = Field(default_factory=list)
     """Self-checks that fired on this sample, each naming its remedy."""
     timings: dict[str, float] = Field(default_factory=dict)

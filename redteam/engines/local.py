@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method
 from redteam.screening import screen
 from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_scores
-from reports.records import Effort, Trial
+from reports.records import Effort, Objective, Trial
 from reports.store import RunStore
 from targets.errors import TargetError
 
@@ -54,6 +55,7 @@ class _Made:
     effort: Effort
     made_by: str
     pipeline: str
+    objective: Objective
 
 
 @dataclass(slots=True)
@@ -504,6 +506,7 @@ class LocalEngine:
                 effort,
                 makers[row],
                 pipeline,
+                Objective(kept=_finite(result.own[row].kept), best=_finite(result.own[row].best)),
             )
             for row, (pixels, base) in enumerate(
                 zip(to_pixels(result.images), to_pixels(result.base), strict=True)
@@ -681,6 +684,7 @@ def _attacked(made: _Made, clean: Shot, store: Vault) -> Attacked:
         made_by=made.made_by,
         pipeline=made.pipeline,
         base=base,
+        objective=made.objective,
     )
 
 
@@ -708,6 +712,7 @@ def _for_cache(made: _Made) -> Entry:
         "effort": made.effort.model_dump(),
         "made_by": made.made_by,
         "pipeline": made.pipeline,
+        "objective": made.objective.model_dump(),
     }
     return Entry(facts, encode_png(made.pixels), encode_png(made.base))
 
@@ -724,7 +729,13 @@ def _from_cache(entry: Entry) -> _Made:
         effort=Effort.model_validate(facts["effort"]),
         made_by=str(facts["made_by"]),
         pipeline=str(facts["pipeline"]),
+        objective=Objective.model_validate(facts["objective"]),
     )
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: what no finite loss was judged of has none."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _pixels(made: _Made | Failure) -> Pixels | None:

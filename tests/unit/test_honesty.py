@@ -20,7 +20,7 @@ from audited import (
 from reports.honesty import RULES, State
 from reports.records import Cell, GateSpec, PartFacts
 
-UNCHECKED = (7, 8, 10)
+UNCHECKED = (7, 10)
 
 
 def of(
@@ -117,6 +117,10 @@ def zero_gradients(run: Run) -> None:
 
 def no_progress(run: Run) -> None:
     coded(run, of("good", "caa adaptive", epsilon=SMALL), "no-progress")
+
+
+def last_iterate(run: Run) -> None:
+    coded(run, of("good", "caa adaptive", epsilon=SMALL), "silent-success")
 
 
 def never_doubled(run: Run) -> None:
@@ -259,6 +263,7 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (5, no_undefended_noise),
     (6, zero_gradients),
     (6, no_progress),
+    (8, last_iterate),
     (9, never_doubled),
     (9, still_rising),
     (9, not_decreasing),
@@ -301,7 +306,7 @@ def test_a_good_defence_passes_every_rule_that_can_be_checked() -> None:
     assert not [one.sentence for one in findings if one.blocks]
     assert {rule for rule, state in states.items() if state is State.NOT_CHECKED} == {*UNCHECKED}
     applied = {rule for rule, state in states.items() if state is State.PASSED}
-    assert applied == {1, 2, 3, 4, 5, 6, 9, 11, 12, 13, 14, 17, 20, 26}
+    assert applied == {1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14, 17, 20, 26}
 
 
 @pytest.mark.parametrize(("rule", "spoil"), SPOILT, ids=lambda one: getattr(one, "__name__", one))
@@ -337,6 +342,14 @@ def test_what_nothing_records_is_never_passed(rule: int) -> None:
     (found,) = [one for one in Run.good().findings() if one.rule == rule]
     assert found.state is State.NOT_CHECKED
     assert found.message
+
+
+def test_a_loss_that_an_older_run_did_not_record_is_not_checked() -> None:
+    run = Run.good()
+    run.row(of("good", *WHITE), judged=False)
+    (found,) = [one for one in run.findings() if one.rule == 8]
+    assert found.state is State.NOT_CHECKED
+    assert blocking(run) == []
 
 
 def test_random_defences_say_what_their_evaluation_lacks() -> None:
