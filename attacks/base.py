@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
@@ -198,6 +198,24 @@ class Attack(ABC):
             Pictures of the same shape; `propose` sees them as the batch's images.
         """
         return images
+
+    def standing(self, *, random: bool) -> Attack | None:
+        """This attack without a step: all it does is judge its start, so it tells its loss there.
+
+        Args:
+            random: at a random point of the linf ball; else at the clean image.
+
+        Returns:
+            None for an attack without the options `steps` and `random_start`.
+        """
+        own: Any = self  # a dataclass, as every attack is
+        names = {field.name for field in fields(own)}
+        if not {"steps", "random_start"} <= names:
+            return None
+        given: dict[str, Any] = {"restarts": 1, "targets": 0, "norm": "linf"}
+        changes = {key: value for key, value in given.items() if key in names}
+        standing: Attack = replace(own, steps=0, random_start=random, **changes)
+        return standing
 
     @abstractmethod
     def propose(

@@ -82,6 +82,10 @@ class Evade(Attack):
         """That of the attack."""
         return self.inner.canvas(images)
 
+    def standing(self, *, random: bool) -> Attack | None:
+        """That of the attack: a detector is no part of the answer, so its jumps are none of it."""
+        return self.inner.standing(random=random)
+
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Search for the weight; keep the best image of each sample."""
         search = _Search(batch.images)

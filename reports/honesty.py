@@ -36,6 +36,8 @@ SAMPLES: Final = 300
 """Least samples of a paired comparison. [inferred]"""
 BUDGETS: Final = 3
 """Least budgets of a curve. [inferred]"""
+UNSTABLE: Final = 0.1
+"""Most that a loss may change near a picture, of its size. [Indicators of Attack Failure, 2]"""
 RESTARTS: Final = 5
 NOISES: Final = 100
 COMMON: Final = 1 - MAX_ERROR_SHARE
@@ -250,6 +252,43 @@ def _gradients(case: Case) -> Outcome:
     if doubt is not None:
         return _failed(f"{_name(doubt.cell)}: {doubt.message}")
     return _passed("no gradient was zero, and the loss went down")
+
+
+def _stable(case: Case) -> Outcome:
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    if case.facts is not None and case.facts.stochastic:
+        draws = min(int(options_of(cell).get("draws", 1)) for cell in case.white)
+        if draws > 1:
+            return _passed(f"each loss of the attack is a mean over {draws} draws")
+    worst, where, count_ = -1.0, "", 0
+    for cell in case.white:
+        rows = case.measured(cell).values()
+        seen = [row.unstable for row in rows if row.unstable is not None]
+        mean = sum(seen) / len(seen) if seen else -1.0
+        if mean > worst:
+            worst, where, count_ = mean, _name(cell), len(seen)
+    if not count_:
+        return _no_stability(case)
+    shown = (
+        f"at random points within 8/255 the loss of {where} changed by {worst:.1%} of its size on "
+        f"average ({count(count_, 'sample')})"
+    )
+    return _failed(shown) if worst > UNSTABLE else _passed(shown)
+
+
+def _no_stability(case: Case) -> Outcome:
+    if not any(row.judged for cell in case.white for row in case.measured(cell).values()):
+        return State.NOT_CHECKED, "the loss at random points around a picture is not recorded"
+    checks = case.manifest.scenario.get("checks") or {}
+    if checks.get("stability") == 0:
+        return _failed("checks.stability is 0, so the loss around a picture was not looked at")
+    names = dict.fromkeys(plain(cell.attack) for cell in case.white)
+    return (
+        State.NOT_CHECKED,
+        f"no loss at random points is known of {', '.join(names)}; pgd, apgd, caa, margin_split "
+        "and other attacks with the options steps and random_start tell it",
+    )
 
 
 def _best_kept(case: Case) -> Outcome:
@@ -632,8 +671,9 @@ RULES: Final[tuple[Rule, ...]] = (
         7,
         "stable loss",
         "MUST",
-        "",
-        _unchecked("the loss at random points around a picture is not recorded"),
+        "attack a smoothed loss: the mean over several draws or noisy copies, or BPDA through a "
+        "smooth `surrogate`; leave checks.stability on",
+        _stable,
     ),
     Rule(
         8,

@@ -83,6 +83,8 @@ class Row(NamedTuple):
     """The attack left a trace of its loss."""
     judged: bool = False
     """The loss of the image that was kept is recorded."""
+    unstable: float | None = None
+    """How the attack's loss jumps around the clean image, see `records.Objective`."""
     saved: bool = False
     """The attacked image is in the run folder."""
     fallbacks: tuple[bool, bool] = (False, False)
@@ -138,6 +140,7 @@ def row_of(trial: Trial) -> Row:
         seconds=() if demands is None else _seconds_of(demands),
         traced=len(trial.loss) > 1,
         judged=trial.objective is not None and trial.objective.kept is not None,
+        unstable=None if trial.objective is None else trial.objective.unstable,
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,
         fallbacks=_fallbacks(demands),

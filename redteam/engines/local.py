@@ -23,8 +23,9 @@ from redteam.errors import PlanError
 from redteam.evaluation import Asker, Replies, Reply, Shot, good
 from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
-from redteam.scenario import Method
+from redteam.scenario import Method, digest
 from redteam.screening import screen
+from redteam.steadiness import Around, look_around
 from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_scores
 from reports.records import Effort, Objective, Trial
 from reports.store import RunStore
@@ -110,6 +111,7 @@ class LocalEngine:
         self._loaded = ""
         self._block: _Block | None = None
         self._surrogates: dict[str, LVLM] = {}
+        self._around: dict[tuple[str, int], Around | None] = {}
         self._transferred: dict[tuple[str, int], dict[int, Attacked | Failure]] = {}
 
     def prepare(self) -> dict[str, Any]:
@@ -406,6 +408,7 @@ class LocalEngine:
         found |= dict(zip(ready, saved, strict=True))
         if block.number == 0:
             self._repeat(asker, group, shots, found, store)
+            self._look_around(asker, group, shots, found, store)
         if group.surrogates and len(self._plan.scenario.targets) > 1:
             self._transferred[key] = found  # the same images attack every target
         return found
@@ -477,6 +480,39 @@ class LocalEngine:
             one, message = found[index], changed(_pixels(first[index]), _pixels(second[index]))
             if message and isinstance(one, Attacked):
                 found[index] = replace(one, checks=(*one.checks, message))
+
+    def _look_around(
+        self,
+        asker: Asker,
+        group: ImageGroup,
+        shots: Mapping[int, Shot],
+        found: dict[int, Attacked | Failure],
+        store: Vault,
+    ) -> None:
+        """Note on the first samples how the loss of an adaptive attack jumps around clean images.
+
+        Not where it is the mean over several draws of the defence, which is what a loss that jumps
+        would call for.
+        """
+        checks = self._plan.scenario.checks
+        if group.defense is None or not checks.stability:
+            return
+        if asker.instance(group.defense).draws and group.attack.draws > 1:
+            return
+        chosen = list(good(found))[: checks.stability]
+        methods = (group.target, group.attack, group.known, group.defense)
+        what = digest([one and one.spec for one in methods])[:12]  # one for all budgets
+        missing = {index: shots[index] for index in chosen if (what, index) not in self._around}
+        if missing:
+            attack, view = self._means(asker, group, store)
+            draw = (self._plan.scenario.seed, f"{what}/around")
+            seen = look_around(asker, attack, view, missing, checks.points, draw)
+            self._around |= {(what, index): seen.get(index) for index in missing}
+        for index in chosen:
+            one, around = found[index], self._around[what, index]
+            if around is not None and isinstance(one, Attacked) and one.objective is not None:
+                told = {"unstable": round(around.instability(one.loss), 6)}
+                found[index] = replace(one, objective=one.objective.model_copy(update=told))
 
     def _propose(
         self, asker: Asker, group: ImageGroup, shots: Sequence[Shot], store: Vault

@@ -95,7 +95,7 @@ def outcome(defense: str, attack: str, broken: int, count: int = N) -> list[Tria
             demands=demands(1.0 if defense == "none" else 1.6 + 0.01 * (i % 5)),
             attacked_png="0" * 64,
             loss=[1.0, 0.5, 0.2],
-            objective=Objective(kept=0.2, best=0.2),
+            objective=Objective(kept=0.2, best=0.2, unstable=0.02 if i < 2 else None),
         )
         for i in range(count)
     ]
@@ -130,6 +130,7 @@ class Run:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=lambda: {"targets": {"scenes-a": {"w": "9"}}})
     gates: list[GateSpec] = field(default_factory=list)
+    scenario: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def good(cls, count: int = N) -> Run:
@@ -172,6 +173,7 @@ class Run:
             self.count,
             cells=self.cells,
             gates=self.gates,
+            scenario=self.scenario,
             provenance={"identity": self.identity},
         )
 

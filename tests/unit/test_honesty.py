@@ -20,7 +20,7 @@ from audited import (
 from reports.honesty import RULES, State
 from reports.records import Cell, GateSpec, PartFacts
 
-UNCHECKED = (7, 10)
+UNCHECKED = (10,)
 
 
 def of(
@@ -117,6 +117,20 @@ def zero_gradients(run: Run) -> None:
 
 def no_progress(run: Run) -> None:
     coded(run, of("good", "caa adaptive", epsilon=SMALL), "no-progress")
+
+
+def jagged_loss(run: Run) -> None:
+    cell = cell_of("good", "caa adaptive", MIDDLE)
+    values = (0.05, 0.16)
+    run.rows[cell.id] = [
+        row._replace(unstable=values[i] if i < 2 else None)
+        for i, row in enumerate(run.rows[cell.id])
+    ]
+
+
+def stability_switched_off(run: Run) -> None:
+    run.row(of("good"), unstable=None)
+    run.scenario = {"checks": {"repeat": 2, "stability": 0}}
 
 
 def last_iterate(run: Run) -> None:
@@ -263,6 +277,8 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (5, no_undefended_noise),
     (6, zero_gradients),
     (6, no_progress),
+    (7, jagged_loss),
+    (7, stability_switched_off),
     (8, last_iterate),
     (9, never_doubled),
     (9, still_rising),
@@ -306,7 +322,7 @@ def test_a_good_defence_passes_every_rule_that_can_be_checked() -> None:
     assert not [one.sentence for one in findings if one.blocks]
     assert {rule for rule, state in states.items() if state is State.NOT_CHECKED} == {*UNCHECKED}
     applied = {rule for rule, state in states.items() if state is State.PASSED}
-    assert applied == {1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14, 17, 20, 26}
+    assert applied == {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 17, 20, 26}
 
 
 @pytest.mark.parametrize(("rule", "spoil"), SPOILT, ids=lambda one: getattr(one, "__name__", one))
@@ -346,10 +362,27 @@ def test_what_nothing_records_is_never_passed(rule: int) -> None:
 
 def test_a_loss_that_an_older_run_did_not_record_is_not_checked() -> None:
     run = Run.good()
-    run.row(of("good", *WHITE), judged=False)
-    (found,) = [one for one in run.findings() if one.rule == 8]
-    assert found.state is State.NOT_CHECKED
+    run.row(of("good", *WHITE), judged=False, unstable=None)
+    for rule in (7, 8):
+        (found,) = [one for one in run.findings() if one.rule == rule]
+        assert found.state is State.NOT_CHECKED
     assert blocking(run) == []
+
+
+def test_a_mean_over_draws_is_what_a_jagged_loss_calls_for() -> None:
+    run = Run.good()
+    guard(run, stochastic=True, route="eot")
+    run.row(of("good"), unstable=None)
+    (found,) = [one for one in run.findings() if one.rule == 7]
+    assert found.state is State.PASSED
+    assert "20 draws" in found.message
+
+
+def test_an_attack_whose_loss_nobody_can_ask_for_is_not_checked() -> None:
+    run = Run.good()
+    run.row(of("good"), unstable=None)
+    (found,) = [one for one in run.findings() if one.rule == 7]
+    assert (found.state, blocking(run)) == (State.NOT_CHECKED, [])
 
 
 def test_random_defences_say_what_their_evaluation_lacks() -> None:
