@@ -107,6 +107,19 @@ class APGD(Attack):
         restarts = self.restarts * max(self.targets, 1)
         return Budget(epsilon, self.norm, None, self.steps, restarts)
 
+    def believes(self, batch: Batch, losses: Sequence[float | None]) -> list[bool | None]:
+        """Below 0 another option is likelier than the right one, on the compressed path alone.
+
+        An open question has log-odds, below 0 of which the right answer may still be the likeliest.
+        """
+        if self.loss == "ce" or self.path != "compressed":
+            return [None] * len(losses)
+        options = batch.options or ((),) * len(losses)
+        return [
+            None if loss is None or len(known) < 2 else loss < 0
+            for loss, known in zip(losses, options, strict=True)
+        ]
+
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Run without a target, or once for each of them."""
         one = replace(budget, restarts=self.restarts)

@@ -40,10 +40,13 @@ class OwnLoss:
     Attributes:
         kept: of the image that was kept; None where none was judged.
         best: the least on the way to it; None likewise.
+        believed: whether the attack takes the image for one that breaks the compressed answer;
+            None where it cannot tell.
     """
 
     kept: float | None = None
     best: float | None = None
+    believed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Proposal:
         checks: of an attack made of others, the self-checks of what made each sample's image, in
             place of those of `loss` and `gradient`.
         own: likewise, what the loss of what made each sample's image says of it.
+        believed: of an attack that asked the target: bool ``[B]``, whether the image broke the
+            compressed answer. None: what `Attack.believes` makes of the losses.
         forwards: passes of one picture through a model, per sample, that went through no view.
         backwards: gradients taken through these.
     """
@@ -78,6 +83,7 @@ class Proposal:
     backwards: int = 0
     kept: Tensor | None = None
     own: tuple[OwnLoss, ...] | None = None
+    believed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +205,21 @@ class Attack(ABC):
         """
         return images
 
+    def believes(self, batch: Batch, losses: Sequence[float | None]) -> list[bool | None]:
+        """Whether each image breaks the compressed answer, as far as the attack's loss can tell.
+
+        Attacks whose loss has a known zero (a margin) say so; a likelihood or a ranking has none.
+
+        Args:
+            batch: the samples as the attack was told of them.
+            losses: of the images that were kept; None where none was judged.
+
+        Returns:
+            None for a sample of which the loss does not tell.
+        """
+        del batch
+        return [None] * len(losses)
+
     def standing(self, *, random: bool) -> Attack | None:
         """This attack without a step: all it does is judge its start, so it tells its loss there.
 
@@ -270,9 +291,22 @@ class Attack(ABC):
         proposal = proposed if isinstance(proposed, Proposal) else Proposal(proposed)
         with torch.no_grad():
             result = _result(base, _admit(batch, base, proposal, budget), proposal, meter)
-            result = replace(result, notes=(*result.notes, *_vanished(budget, proposal, result)))
+            notes = (*result.notes, *_vanished(budget, proposal, result))
+            result = replace(result, notes=notes, own=self._own(own, proposal, result.own))
         _verify(batch, budget, result)
         return result
+
+    def _own(
+        self, batch: Batch, proposal: Proposal, found: tuple[OwnLoss, ...]
+    ) -> tuple[OwnLoss, ...]:
+        """What the losses say, with what the attack makes of them."""
+        if proposal.own is not None:
+            return found
+        if proposal.believed is not None:
+            told: list[bool | None] = [bool(one) for one in proposal.believed.tolist()]
+        else:
+            told = self.believes(batch, [one.kept for one in found])
+        return tuple(replace(one, believed=so) for one, so in zip(found, told, strict=True))
 
 
 def _told(batch: Batch, knowledge: Knowledge) -> Batch:

@@ -177,6 +177,7 @@ class _Search:
         return replace(
             found,
             images=self._images,
+            believed=self._worth >= 2,
             mask=None,
             notes=notes,
             forwards=forwards,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Literal
 
-from reports.checks import TOLERANCE, area, options_of
+from reports.checks import TOLERANCE, area, broke_compressed, options_of
 from reports.evidence import LARGE, Budget, Case, but_steps, is_large
 from reports.gate import MAX_ERROR_SHARE
 from reports.measure import Row
@@ -38,6 +38,9 @@ BUDGETS: Final = 3
 """Least budgets of a curve. [inferred]"""
 UNSTABLE: Final = 0.1
 """Most that a loss may change near a picture, of its size. [Indicators of Attack Failure, 2]"""
+MISTAKEN: Final = 0.05
+"""Share of the images an attack took for breaks that may break nothing. [inferred: what a gate
+tolerates in errors; a margin near zero falls either way with the rounding of another batch]"""
 RESTARTS: Final = 5
 NOISES: Final = 100
 COMMON: Final = 1 - MAX_ERROR_SHARE
@@ -133,14 +136,6 @@ def _not_applicable(message: str) -> Outcome:
 def _needs(rule: int, what: str) -> Outcome:
     """There is nothing to look at, and another rule says so."""
     return State.NOT_CHECKED, f"there is no {what} to look at (rule {rule})"
-
-
-def _unchecked(why: str) -> Callable[[Case], Outcome]:
-    def check(case: Case) -> Outcome:
-        del case
-        return State.NOT_CHECKED, why
-
-    return check
 
 
 def _threat_model(case: Case) -> Outcome:
@@ -339,6 +334,31 @@ def _settled(case: Case, budget: Budget) -> Outcome:
                 return _passed(f"with twice the steps {_name(more)} {words}")
             told = f"with twice the steps {_name(more)} still {words}"
     return _failed(told)
+
+
+def _carries_over(case: Case) -> Outcome:
+    """Of images that the attack took for breaks, how many broke nothing of what is deployed."""
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    shown = ""
+    for cell in case.white:
+        rows = case.measured(cell).values()
+        held = [row for row in rows if row.believed and row.compressed_clean]
+        lost = sum(not broke_compressed(row) for row in held)
+        words = f"{lost} of {count(len(held), 'image')} that it took for a break"
+        if lost > MISTAKEN * len(held):
+            return _failed(f"{_name(cell)}: {words} broke nothing of what is deployed")
+        if any(row.believed is not None for row in rows):
+            shown = shown or f"{_name(cell)}: {words} did not break the deployed answer"
+    if shown:
+        return _passed(shown)
+    if not any(row.judged for cell in case.white for row in case.measured(cell).values()):
+        return State.NOT_CHECKED, "whether an attack took its image for a break is not recorded"
+    names = dict.fromkeys(plain(cell.attack) for cell in case.white)
+    return _not_applicable(
+        f"the loss of {', '.join(names)} has no known zero, so nobody knows whether it took an "
+        "image for a break; margin_split, apgd with loss: margin, suite and minimal tell"
+    )
 
 
 def _unbounded(case: Case) -> Outcome:
@@ -693,8 +713,9 @@ RULES: Final[tuple[Rule, ...]] = (
         10,
         "success carries over",
         "MUST",
-        "",
-        _unchecked("whether an attack succeeded by its own surrogate gradient is not recorded"),
+        "what the attack goes through differs from what is deployed: make forward passes equal, "
+        "and only the backward pass a surrogate",
+        _carries_over,
     ),
     Rule(
         11,

@@ -83,6 +83,8 @@ class Row(NamedTuple):
     """The attack left a trace of its loss."""
     judged: bool = False
     """The loss of the image that was kept is recorded."""
+    believed: bool | None = None
+    """Whether the attack took it for a break of the compressed answer; None if it cannot tell."""
     unstable: float | None = None
     """How the attack's loss jumps around the clean image, see `records.Objective`."""
     saved: bool = False
@@ -140,6 +142,7 @@ def row_of(trial: Trial) -> Row:
         seconds=() if demands is None else _seconds_of(demands),
         traced=len(trial.loss) > 1,
         judged=trial.objective is not None and trial.objective.kept is not None,
+        believed=None if trial.objective is None else trial.objective.believed,
         unstable=None if trial.objective is None else trial.objective.unstable,
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,

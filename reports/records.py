@@ -144,6 +144,9 @@ class Objective(_Record):
     """Of the image that was kept; None where the attack judged none by a loss."""
     best: float | None = None
     """The least on the way to it."""
+    believed: bool | None = None
+    """Whether the attack took the image for one that breaks the compressed answer: by a loss with a
+    known zero, or because it asked. None where it could not tell."""
     unstable: float | None = None
     """Of the first samples of an adaptive attack: mean change of the loss at random points within
     8/255 of the clean image ÷ its size, in [0, 1]. None where it was not measured."""

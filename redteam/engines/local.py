@@ -35,7 +35,7 @@ _THREADS: Final = 4
 """Readers, encoders and decoders of pictures; none of them holds the interpreter for long."""
 
 if TYPE_CHECKING:
-    from attacks.base import Attack
+    from attacks.base import Attack, OwnLoss
     from defenses.detector import Detector
     from targets.base import ImageView
     from targets.compression.base import Compressor
@@ -542,7 +542,7 @@ class LocalEngine:
                 effort,
                 makers[row],
                 pipeline,
-                Objective(kept=_finite(result.own[row].kept), best=_finite(result.own[row].best)),
+                _objective(result.own[row]),
             )
             for row, (pixels, base) in enumerate(
                 zip(to_pixels(result.images), to_pixels(result.base), strict=True)
@@ -767,6 +767,10 @@ def _from_cache(entry: Entry) -> _Made:
         pipeline=str(facts["pipeline"]),
         objective=Objective.model_validate(facts["objective"]),
     )
+
+
+def _objective(own: OwnLoss) -> Objective:
+    return Objective(kept=_finite(own.kept), best=_finite(own.best), believed=own.believed)
 
 
 def _finite(value: float | None) -> float | None:

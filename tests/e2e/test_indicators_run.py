@@ -116,3 +116,12 @@ def test_every_image_is_the_best_of_its_way(finished: dict[str, Any]) -> None:
         assert trial["objective"]["kept"] == trial["objective"]["best"]
     for defense in ("smooth", "jagged", "twofaced"):
         assert rule(finished, defense, 8)["state"] == "passed"
+
+
+@pytest.mark.parametrize(("defense", "state"), [("smooth", "passed"), ("twofaced", "failed")])
+def test_success_on_what_is_not_deployed_is_none(
+    finished: dict[str, Any], defense: str, state: str
+) -> None:
+    found = rule(finished, defense, 10)
+    assert found["state"] == state, found
+    assert " of 0 images" not in found["message"], "the attack believed in some"

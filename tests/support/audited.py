@@ -95,7 +95,9 @@ def outcome(defense: str, attack: str, broken: int, count: int = N) -> list[Tria
             demands=demands(1.0 if defense == "none" else 1.6 + 0.01 * (i % 5)),
             attacked_png="0" * 64,
             loss=[1.0, 0.5, 0.2],
-            objective=Objective(kept=0.2, best=0.2, unstable=0.02 if i < 2 else None),
+            objective=Objective(
+                kept=0.2, best=0.2, believed=i < broken, unstable=0.02 if i < 2 else None
+            ),
         )
         for i in range(count)
     ]

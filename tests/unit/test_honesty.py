@@ -20,8 +20,6 @@ from audited import (
 from reports.honesty import RULES, State
 from reports.records import Cell, GateSpec, PartFacts
 
-UNCHECKED = (10,)
-
 
 def of(
     defense: str = "good", *attacks: str, epsilon: float | None = None
@@ -135,6 +133,11 @@ def stability_switched_off(run: Run) -> None:
 
 def last_iterate(run: Run) -> None:
     coded(run, of("good", "caa adaptive", epsilon=SMALL), "silent-success")
+
+
+def only_the_surrogate_broke(run: Run) -> None:
+    cell = cell_of("good", "caa adaptive", MIDDLE)
+    run.rows[cell.id] = [row._replace(believed=i < 60) for i, row in enumerate(run.rows[cell.id])]
 
 
 def never_doubled(run: Run) -> None:
@@ -284,6 +287,7 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (9, still_rising),
     (9, not_decreasing),
     (9, no_trace),
+    (10, only_the_surrogate_broke),
     (11, survives_anything),
     (11, never_unbounded),
     (12, two_budgets),
@@ -320,9 +324,9 @@ def test_a_good_defence_passes_every_rule_that_can_be_checked() -> None:
     findings = Run.good().findings()
     states = {one.rule: one.state for one in findings if one.level == "MUST"}
     assert not [one.sentence for one in findings if one.blocks]
-    assert {rule for rule, state in states.items() if state is State.NOT_CHECKED} == {*UNCHECKED}
+    assert State.NOT_CHECKED not in states.values()
     applied = {rule for rule, state in states.items() if state is State.PASSED}
-    assert applied == {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 17, 20, 26}
+    assert applied == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 17, 20, 26}
 
 
 @pytest.mark.parametrize(("rule", "spoil"), SPOILT, ids=lambda one: getattr(one, "__name__", one))
@@ -340,7 +344,7 @@ def test_each_rule_fails_alone(rule: int, spoil: Callable[[Run], None]) -> None:
 def test_every_rule_that_can_fail_has_a_defence_that_fails_it() -> None:
     spoilt = {rule for rule, _ in SPOILT}
     must = {rule.number for rule in RULES if rule.level == "MUST"}
-    assert must - spoilt - {*UNCHECKED} == {20}  # a run of its own, below
+    assert must - spoilt == {20}  # a run of its own, below
     assert [rule.number for rule in RULES] == sorted(rule.number for rule in RULES)
     assert {rule.number for rule in RULES} == set(range(1, 27))
 
@@ -353,19 +357,27 @@ def test_too_few_samples(count: int, expected: list[int]) -> None:
     assert blocking(run) == expected
 
 
-@pytest.mark.parametrize("rule", UNCHECKED)
-def test_what_nothing_records_is_never_passed(rule: int) -> None:
-    (found,) = [one for one in Run.good().findings() if one.rule == rule]
-    assert found.state is State.NOT_CHECKED
-    assert found.message
-
-
 def test_a_loss_that_an_older_run_did_not_record_is_not_checked() -> None:
     run = Run.good()
-    run.row(of("good", *WHITE), judged=False, unstable=None)
-    for rule in (7, 8):
+    run.row(of("good", *WHITE), judged=False, unstable=None, believed=None)
+    for rule in (7, 8, 10):
         (found,) = [one for one in run.findings() if one.rule == rule]
         assert found.state is State.NOT_CHECKED
+    assert blocking(run) == []
+
+
+def test_an_attack_without_a_known_zero_tells_nothing_of_what_it_believes() -> None:
+    run = Run.good()
+    run.row(of("good"), believed=None)
+    (found,) = [one for one in run.findings() if one.rule == 10]
+    assert (found.state, blocking(run)) == (State.NOT_APPLICABLE, [])
+    assert "margin_split" in found.message
+
+
+def test_a_few_margins_near_zero_may_fall_either_way() -> None:
+    run = Run.good()
+    cell = cell_of("good", "caa adaptive", MIDDLE)
+    run.rows[cell.id] = [row._replace(believed=i < 46) for i, row in enumerate(run.rows[cell.id])]
     assert blocking(run) == []
 
 

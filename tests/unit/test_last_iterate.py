@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import pytest
@@ -71,3 +71,40 @@ def test_ours_keep_the_best_and_say_so(attack: Attack) -> None:
     assert "silent-success" not in codes(attack)
     for one in made.own:
         assert one.kept == one.best
+
+
+def believed(attack: Attack, *, closed: bool = False) -> list[tuple[float | None, bool | None]]:
+    batch = make_batch(4)
+    if closed:
+        batch = replace(batch, options=(("yes", "no"),) * 4)
+    made = attack(FakeView(), batch, 64 / 255, SEEDS)
+    return [(one.kept, one.believed) for one in made.own]
+
+
+def test_a_margin_below_zero_is_a_break() -> None:
+    for loss, told in believed(APGD(path="compressed", loss="margin", steps=6), closed=True):
+        assert loss is not None
+        assert told is (loss < 0)
+    for loss, told in believed(MarginSplit(steps=6)):
+        assert loss is not None
+        assert told is (loss < -0.01)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [PGD(path="compressed", steps=2), CAA(steps=2), APGD(path="full", loss="margin", steps=2)],
+    ids=["likelihood", "ranking", "another path"],
+)
+def test_a_loss_without_a_known_zero_tells_nothing(attack: Attack) -> None:
+    assert {told for _, told in believed(attack, closed=True)} == {None}
+
+
+def test_an_open_question_has_no_margin() -> None:
+    found = believed(APGD(path="compressed", loss="margin", steps=2))
+    assert {told for _, told in found} == {None}
+
+
+@pytest.mark.parametrize(("goal", "tells"), [("compressed", True), ("full", False)])
+def test_whoever_asks_knows(goal: str, tells: bool) -> None:
+    attack = Suite(members=("pgd",), steps=4, goal=goal)  # type: ignore[arg-type]
+    assert any(told is not None for _, told in believed(attack)) is tells
