@@ -151,6 +151,7 @@ class ChecksOptions(BaseModel):
     repeat: Annotated[int, Interval(ge=0, le=64)] = 2
     stability: Annotated[int, Interval(ge=0, le=64)] = 2
     points: Annotated[int, Interval(ge=2, le=1000)] = 100
+    draws: Annotated[int, Interval(ge=1, le=64)] = 1
 
 
 class Header(BaseModel):

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from reports.checks import TOLERANCE, area, broke_compressed, options_of
+from reports.draws import drawn_text, over_draws, worst_attack
 from reports.evidence import LARGE, Budget, Case, but_steps, is_large
 from reports.gate import MAX_ERROR_SHARE
 from reports.measure import Row
@@ -26,6 +27,8 @@ from reports.text import count, epsilon_text, plain
 
 DRAWS: Final = 20
 """Least draws of a random defence in each call of its attack. [AutoAttack, "rand"]"""
+EVALUATED: Final = 10
+"""Least draws under which a random defence is asked."""
 QUERIES: Final = 5_000
 """Least questions of the attack without gradients. [AutoAttack's default]"""
 ALARM: Final = 0.002
@@ -340,11 +343,13 @@ def _carries_over(case: Case) -> Outcome:
     """Of images that the attack took for breaks, how many broke nothing of what is deployed."""
     if not case.white:
         return _needs(3, "adaptive attack with gradients")
-    shown = ""
+    shown, random = "", case.facts is not None and case.facts.stochastic
     for cell in case.white:
         rows = case.measured(cell).values()
         held = [row for row in rows if row.believed and row.compressed_clean]
-        lost = sum(not broke_compressed(row) for row in held)
+        if random and not all(row.draws for row in held):
+            return State.NOT_CHECKED, "one draw of a random defence decides nothing (rule 15)"
+        lost = sum(not _broke_once(row) for row in held)
         words = f"{lost} of {count(len(held), 'image')} that it took for a break"
         if lost > MISTAKEN * len(held):
             return _failed(f"{_name(cell)}: {words} broke nothing of what is deployed")
@@ -359,6 +364,14 @@ def _carries_over(case: Case) -> Outcome:
         f"the loss of {', '.join(names)} has no known zero, so nobody knows whether it took an "
         "image for a break; margin_split, apgd with loss: margin, suite and minimal tell"
     )
+
+
+def _broke_once(row: Row) -> bool:
+    """Whether it broke the deployed answer; under several draws, in one at least.
+
+    An attack on a mean over draws is right about the mean, so one draw may go the other way.
+    """
+    return broke_compressed(row) or (row.draws is not None and row.draws.broken > 0)
 
 
 def _unbounded(case: Case) -> Outcome:
@@ -451,13 +464,32 @@ def _randomness(case: Case) -> Outcome:
 
 
 def _evaluation_draws(case: Case) -> Outcome:
-    if case.facts is not None and not case.facts.stochastic:
+    if case.facts is None:
+        return _needs(3, "record of what the defence is")
+    if not case.facts.stochastic:
         return _not_applicable("it draws nothing")
-    return (
-        State.NOT_CHECKED,
-        "the defended target answers with one draw a sample; the mean and the worst over several, "
-        "and an attack on one fixed draw, are not measured",
-    )
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    cells = case.sound or case.white
+    rows = [row for cell in cells for row in case.measured(cell).values()]
+    least = min((row.draws.count if row.draws else 1 for row in rows), default=1)
+    if least == 1 and not any(row.judged for row in rows):
+        return State.NOT_CHECKED, "under how many draws answers were asked for is not recorded"
+    if least < EVALUATED:
+        return _failed(f"the defended target was asked under {count(least, 'draw')} a sample")
+    budget = _strongest(case)
+    known = case.at(cells, budget) or cells
+    found = over_draws(worst_attack(case.measured(cell) for cell in known))
+    shown = "" if found is None else f": CSFR {drawn_text(found)}"
+    return _passed(f"k = {least} draws a sample at ε {epsilon_text(known[0].epsilon)}{shown}")
+
+
+def _fixed_draw(case: Case) -> Outcome:
+    if case.facts is None:
+        return _needs(3, "record of what the defence is")
+    if not case.facts.stochastic:
+        return _not_applicable("it draws nothing")
+    return State.NOT_CHECKED, "no attack here is told the seed that the deployment draws with"
 
 
 def _optimising(case: Case) -> Outcome:
@@ -740,7 +772,14 @@ RULES: Final[tuple[Rule, ...]] = (
         _gradient_free,
     ),
     Rule(15, "randomness", "MUST", f"set draws to {DRAWS} or more; the route is EOT", _randomness),
-    Rule(15, "draws of the evaluation", "MUST", "", _evaluation_draws),
+    Rule(
+        15,
+        "draws of the evaluation",
+        "MUST",
+        f"set checks.draws to {EVALUATED} or more",
+        _evaluation_draws,
+    ),
+    Rule(15, "attack on a fixed draw", "MUST", "", _fixed_draw),
     Rule(
         16,
         "optimisation in the defence",

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.records import Demands, Diagnosis, Trial
+from reports.records import Demands, Diagnosis, Draws, Trial
 from reports.registry import METRICS
 from reports.statistics import (
     EMPTY,
@@ -93,6 +93,8 @@ class Row(NamedTuple):
     """Whether the clean and the attacked image were given more tokens than the compressor keeps."""
     watched: bool = False
     """A detector has scored both images."""
+    draws: Draws | None = None
+    """What became of it under several draws; None under one."""
     retention: float | None = None
     """Share of the visual tokens that compression left of the clean image."""
 
@@ -147,6 +149,7 @@ def row_of(trial: Trial) -> Row:
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,
         fallbacks=_fallbacks(demands),
+        draws=trial.draws,
         retention=_retention(trial),
     )
 

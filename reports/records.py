@@ -188,6 +188,26 @@ class Pipelines(_Record):
     """Of what the attack took its gradients or answers from; "" where the defence was not in it."""
 
 
+class Draws(_Record):
+    """Answers under several independent draws of a random defence or compressor.
+
+    In how many draws, the first among them being the one that the rest of a trial is of.
+    """
+
+    count: int
+    """Draws in all."""
+    clean: int
+    """The compressed path was right on the clean image."""
+    attacked: int
+    """It was right on the attacked image."""
+    broken: int
+    """It was right on the clean image and wrong on the attacked one."""
+    eligible: int
+    """Both paths were right on the clean image."""
+    failures: int
+    """A compression-specific failure."""
+
+
 class Detection(_Record):
     """How suspicious a detector finds the two pictures; higher is more, on its own scale."""
 
@@ -269,6 +289,8 @@ class Trial(_Record):
     """In cells of a detector: its scores."""
     loss: list[float] = Field(default_factory=list)
     """The attack's loss trace, at most 64 points, first and last included."""
+    draws: Draws | None = None
+    """None under one draw, and where nothing is drawn."""
     objective: Objective | None = None
     """None in ledgers from before it was recorded."""
     checks: list[str] = Field(default_factory=list)

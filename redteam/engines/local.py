@@ -26,7 +26,7 @@ from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
 from redteam.scenario import Method, digest
 from redteam.screening import screen
 from redteam.steadiness import Around, look_around
-from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_scores
+from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_draws, with_scores
 from reports.records import Effort, Objective, Trial
 from reports.store import RunStore
 from targets.errors import TargetError
@@ -196,11 +196,53 @@ class LocalEngine:
                 all_tokens,
                 compressed[key],
             ]
+            others = [
+                self._redrawn(asker, block, planned, shots, replies, draw)
+                for draw in range(1, self._draws(asker, planned))
+            ]
             scores = None
             if asker.guard(defense).detector is not None:
                 scores = self._watched(asker, block, planned, shots, store)
-            trials += self._trials(asker, unit, planned, attacked, replies, scores)
+            trials += self._trials(asker, unit, planned, attacked, replies, scores, others)
         return trials
+
+    def _draws(self, asker: Asker, planned: PlannedCell) -> int:
+        """Under how many draws the answers of a cell are asked for: one where nothing is drawn."""
+        paths = (None, planned.compression)
+        drawing = any(asker.draws(one, planned.defense) for one in paths)
+        return self._plan.scenario.checks.draws if drawing else 1
+
+    @staticmethod
+    def _redrawn(
+        asker: Asker,
+        block: _Block,
+        planned: PlannedCell,
+        shots: Mapping[int, Shot],
+        first: Sequence[Replies],
+        draw: int,
+    ) -> list[Replies]:
+        """The four answers under another draw; a path on which nothing is drawn answers as before.
+
+        Args:
+            asker: of the target.
+            block: clean pictures.
+            planned: the cell.
+            shots: attacked pictures.
+            first: the four answers of the first draw.
+            draw: its number, ≥ 1.
+        """
+        found = list(first)
+        for place, one in enumerate((None, planned.compression)):
+            if not asker.draws(one, planned.defense):
+                continue
+            key = (one.label if one else "", f"{planned.defense.label}/{draw}")
+            where = f"draw {draw + 1}"
+            if key not in block.clean:
+                some = good(block.shots)
+                block.clean[key] = asker.ask(some, one, planned.defense, where, draw=draw)
+            found[place] = block.clean[key]
+            found[place + 2] = asker.ask(shots, one, planned.defense, where, draw=draw)
+        return found
 
     def hardware(self) -> dict[str, Any]:
         """This machine."""
@@ -617,6 +659,7 @@ class LocalEngine:
         attacked: Mapping[int, Attacked | Failure],
         replies: Sequence[Replies],
         scores: Sequence[Mapping[int, Watched | Failure]] | None = None,
+        others: Sequence[Sequence[Replies]] = (),
     ) -> list[Trial]:
         """One trial for each sample of the unit in one cell."""
         shared = len(unit.group.cells)
@@ -626,7 +669,8 @@ class LocalEngine:
             image = attacked[index]
             four = [one[index] for one in replies if index in one]
             seen = [one[index] for one in scores or () if index in one]
-            wrong = [part for part in (image, *four, *seen) if isinstance(part, Failure)]
+            again = [one[index] for four_ in others for one in four_ if index in one]
+            wrong = [part for part in (image, *four, *seen, *again) if isinstance(part, Failure)]
             if wrong or isinstance(image, Failure):
                 failed[index] = wrong[0]
             else:
@@ -644,7 +688,8 @@ class LocalEngine:
             places = asker.places(one.clean)
             trial = measured(planned.cell, one, replied, swap, places, evidence, shared, deployed)
             seen = [found[index] for found in scores or ()]
-            trials.append(with_scores(trial, [one for one in seen if isinstance(one, Watched)]))
+            trial = with_scores(trial, [one for one in seen if isinstance(one, Watched)])
+            trials.append(with_draws(trial, [_answered(four, index) for four in others]))
         return trials
 
     def _unmeasured(
@@ -776,6 +821,12 @@ def _objective(own: OwnLoss) -> Objective:
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity: what no finite loss was judged of has none."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _answered(four: Sequence[Replies], index: int) -> tuple[Reply, ...]:
+    """The answers about one sample that could be given."""
+    found = [one[index] for one in four]
+    return tuple(one for one in found if isinstance(one, Reply))
 
 
 def _pixels(made: _Made | Failure) -> Pixels | None:

@@ -18,7 +18,7 @@ from audited import (
 )
 
 from reports.honesty import RULES, State
-from reports.records import Cell, GateSpec, PartFacts
+from reports.records import Cell, Draws, GateSpec, PartFacts
 
 
 def of(
@@ -50,6 +50,25 @@ def spend(run: Run, kind: str = "force_fallback") -> None:
     spec = {**cell.spec, "attack": {"type": kind, "adaptive": True, "steps": 50}}
     run.cells.append(cell.model_copy(update={"id": "force", "attack": kind, "spec": spec}))
     run.rows["force"] = [row._replace(fallbacks=(False, True)) for row in run.rows[cell.id]]
+
+
+def drawn(run: Run, count: int = 10, route: str = "eot") -> None:
+    """It is random, and was asked under several draws: what broke, broke in half of them."""
+    guard(run, stochastic=True, route=route)
+    for cell in filter(of("good"), run.cells):
+        run.rows[cell.id] = [
+            row._replace(
+                draws=Draws(
+                    count=count,
+                    clean=count,
+                    attacked=count - (hit := (count // 2) * row.failure),
+                    broken=hit,
+                    eligible=count,
+                    failures=hit,
+                )
+            )
+            for row in run.rows[cell.id]
+        ]
 
 
 def kind_of(name: str, *calibration: str) -> dict[str, Any]:
@@ -207,13 +226,21 @@ def no_black_box(run: Run) -> None:
 
 
 def few_draws(run: Run) -> None:
-    guard(run, stochastic=True, route="eot")
+    drawn(run)
     run.option(of("good", *WHITE), draws=4)
     run.option(of("none", *WHITE), draws=4)
 
 
 def one_draw_of_it(run: Run) -> None:
-    guard(run, stochastic=True, route="differentiable")
+    drawn(run, route="differentiable")
+
+
+def few_draws_of_the_evaluation(run: Run) -> None:
+    drawn(run, count=9)
+
+
+def one_draw_of_the_evaluation(run: Run) -> None:
+    guard(run, stochastic=True, route="eot")
 
 
 def not_transferred_from_static(run: Run) -> None:
@@ -302,6 +329,8 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (14, no_black_box),
     (15, few_draws),
     (15, one_draw_of_it),
+    (15, few_draws_of_the_evaluation),
+    (15, one_draw_of_the_evaluation),
     (16, not_transferred_from_static),
     (17, few_in_common),
     (19, parts_never_alone),
@@ -383,7 +412,7 @@ def test_a_few_margins_near_zero_may_fall_either_way() -> None:
 
 def test_a_mean_over_draws_is_what_a_jagged_loss_calls_for() -> None:
     run = Run.good()
-    guard(run, stochastic=True, route="eot")
+    drawn(run)
     run.row(of("good"), unstable=None)
     (found,) = [one for one in run.findings() if one.rule == 7]
     assert found.state is State.PASSED
@@ -397,12 +426,26 @@ def test_an_attack_whose_loss_nobody_can_ask_for_is_not_checked() -> None:
     assert (found.state, blocking(run)) == (State.NOT_CHECKED, [])
 
 
-def test_random_defences_say_what_their_evaluation_lacks() -> None:
+def test_random_defences_are_told_by_the_mean_and_the_worst_of_their_draws() -> None:
+    run = Run.good()
+    drawn(run)
+    attack, evaluation, fixed = (one for one in run.findings() if one.rule == 15)
+    states = (attack.state, evaluation.state, fixed.state)
+    assert states == (State.PASSED, State.PASSED, State.NOT_CHECKED)
+    assert "k = 10 draws" in evaluation.message
+    assert "0.07 [" in evaluation.message, "45 of 320 in half of their draws"
+    assert "worst of 10: 0.14 [" in evaluation.message
+    assert blocking(run) == []
+    (place,) = next(one for one in run.badges().as_json() if one["defense"] == "good")["places"]
+    (middle,) = [one for one in place["budgets"] if one["epsilon"] == round(MIDDLE, 6)]
+    assert middle["adaptive"]["draws"]["csfr"]["worst"]["value"] == round(45 / N, 6)
+
+
+def test_one_draw_of_a_random_defence_decides_nothing_about_what_carries_over() -> None:
     run = Run.good()
     guard(run, stochastic=True, route="eot")
-    draws, evaluation = (one for one in run.findings() if one.rule == 15)
-    assert (draws.state, evaluation.state) == (State.PASSED, State.NOT_CHECKED)
-    assert blocking(run) == []
+    (found,) = [one for one in run.findings() if one.rule == 10]
+    assert found.state is State.NOT_CHECKED
 
 
 @pytest.mark.parametrize(
