@@ -137,6 +137,8 @@ class Attack(ABC):
     takes_penalty: ClassVar[bool] = False
     """Whether it descends with `attacks.descent.evaluate`, which adds `Batch.penalty`, so that it
     can be made to evade a detector as well (`attacks.evade`)."""
+    raises_alarm: ClassVar[bool] = False
+    """Whether against a detector it wants its alarm (`attacks.raise_alarm`)."""
     undecoded: ClassVar[bool] = False
     """Whether it looks at the model's own distributions, which no decoding method changes."""
 

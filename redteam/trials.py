@@ -175,6 +175,7 @@ def with_scores(trial: Trial, seen: Sequence[Watched]) -> Trial:
         clean=clean.score,
         attacked=attacked.score,
         seconds=round((clean.seconds + attacked.seconds) / 2, 6),
+        limit=clean.limit,
     )
     return trial.model_copy(update={"detection": found})
 

@@ -231,7 +231,12 @@ def demanding(cell: Cell) -> bool:
 
 
 def _growth(row: Row) -> float:
-    """The largest factor by which an attack raised what an answer demands; 1 if unknown."""
+    """The largest factor by which an attack raised what an answer demands; 1 if unknown.
+
+    An alarm that the clean image does not raise demands another answer.
+    """
+    if row.alarms is not None and row.alarms[1] and not row.alarms[0]:
+        return 2
     names = ("tokens_growth", "length_full_growth", "length_compressed_growth")
     return max((value for name in names if (value := mean_value(row, name)) is not None), default=1)
 

@@ -620,6 +620,8 @@ def _slow_down(case: Case) -> Outcome:
         return _needs(3, "record of what the defence is")
     if not case.kinds & {"detector", "fallback"}:
         return _not_applicable("it asks for nothing more than one answer")
+    if "detector" in case.kinds:
+        return _alarms(case)
     for cell in case.forcing:
         rows = case.measured(cell).values()
         if rows and all(row.seconds for row in rows):
@@ -630,6 +632,35 @@ def _slow_down(case: Case) -> Outcome:
                 f"{clean}), and answers take {took[1] / max(took[0], 1e-9):.2f} times as long"
             )
     return _failed("no attack of the run tries to make it spend more")
+
+
+def _alarms(case: Case) -> Outcome:
+    """Alarms raised on purpose, and what they cost where each is answered with all tokens."""
+    told = "no attack of the run raises its alarm on purpose"
+    for cell in case.forcing:
+        rows = list(case.measured(cell).values())
+        if not options_of(cell).get("adaptive") or not rows:
+            continue
+        if not all(row.seconds for row in rows):
+            told = f"the seconds of answers under {_name(cell)} are not recorded"
+            continue
+        if not all(row.alarms for row in rows):
+            return State.NOT_CHECKED, f"which images of {_name(cell)} are flagged is not recorded"
+        flagged = [sum(bool(row.alarms and row.alarms[side]) for row in rows) for side in (0, 1)]
+        clean, hit = (sum(_with_alarm(row, side) for row in rows) for side in (0, 1))
+        return _passed(
+            f"under {_name(cell)} {flagged[1]} of {count(len(rows), 'sample')} raise the alarm "
+            f"(clean {flagged[0]}); where an alarm is answered again with all tokens, watching and "
+            f"answering take {hit / max(clean, 1e-9):.2f} times as long, where it is only "
+            "recorded, no longer"
+        )
+    return _failed(told)
+
+
+def _with_alarm(row: Row, side: int) -> float:
+    """Seconds of an image (0 clean, 1 attacked), watched, and answered again where flagged."""
+    full, compressed = row.seconds[2 * side], row.seconds[2 * side + 1]
+    return compressed + row.watching + full * bool(row.alarms and row.alarms[side])
 
 
 def _reproducible(case: Case) -> Outcome:
@@ -811,8 +842,8 @@ RULES: Final[tuple[Rule, ...]] = (
         25,
         "slow-down",
         "MUST",
-        "list an attack that wants it to spend more, such as force_fallback or verbose; until then "
-        "read its cost as a lower bound",
+        "list an attack that wants it to spend more, such as force_fallback (with adaptive: true "
+        "against a detector) or verbose; until then read its cost as a lower bound",
         _slow_down,
     ),
     Rule(

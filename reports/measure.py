@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.records import Demands, Diagnosis, Draws, Trial
+from reports.records import Demands, Detection, Diagnosis, Draws, Trial
 from reports.registry import METRICS
 from reports.statistics import (
     EMPTY,
@@ -93,6 +93,10 @@ class Row(NamedTuple):
     """Whether the clean and the attacked image were given more tokens than the compressor keeps."""
     watched: bool = False
     """A detector has scored both images."""
+    alarms: tuple[bool, bool] | None = None
+    """Whether a detector flags the clean and the attacked image, at 5 % false positives."""
+    watching: float = 0.0
+    """Seconds in which a detector scores one image."""
     draws: Draws | None = None
     """What became of it under several draws; None under one."""
     retention: float | None = None
@@ -149,6 +153,8 @@ def row_of(trial: Trial) -> Row:
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,
         fallbacks=_fallbacks(demands),
+        alarms=_alarms(trial.detection),
+        watching=0.0 if trial.detection is None else trial.detection.seconds,
         draws=trial.draws,
         retention=_retention(trial),
     )
@@ -163,6 +169,12 @@ def _fallbacks(found: Demands | None) -> tuple[bool, bool]:
     if found is None:
         return (False, False)
     return found.clean_compressed.fallback, found.attacked_compressed.fallback
+
+
+def _alarms(found: Detection | None) -> tuple[bool, bool] | None:
+    if found is None or found.limit is None:
+        return None
+    return found.clean > found.limit, found.attacked > found.limit
 
 
 def _retention(trial: Trial) -> float | None:

@@ -215,6 +215,9 @@ class Detection(_Record):
     attacked: float
     seconds: float = 0.0
     """Of scoring one picture: an equal share of its batch, mean of both."""
+    limit: float | None = None
+    """Threshold for 5 % false positives; what lies above it is flagged. None in ledgers from before
+    it was recorded."""
 
 
 class Calibration(_Record):

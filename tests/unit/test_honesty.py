@@ -44,12 +44,15 @@ def coded(run: Run, wanted: Callable[[Cell], bool], code: str) -> None:
     run.row(wanted, codes=(code,))
 
 
-def spend(run: Run, kind: str = "force_fallback") -> None:
-    """An attack that wants the defence to spend more."""
+def spend(run: Run, kind: str = "force_fallback", *, adaptive: bool = True) -> None:
+    """An attack that wants the defence to spend more; of a detector, its alarm."""
     cell = cell_of("good", "caa adaptive", MIDDLE)
-    spec = {**cell.spec, "attack": {"type": kind, "adaptive": True, "steps": 50}}
+    spec = {**cell.spec, "attack": {"type": kind, "adaptive": adaptive, "steps": 50}}
     run.cells.append(cell.model_copy(update={"id": "force", "attack": kind, "spec": spec}))
-    run.rows["force"] = [row._replace(fallbacks=(False, True)) for row in run.rows[cell.id]]
+    run.rows["force"] = [
+        row._replace(fallbacks=(False, True), alarms=(i < 16, i < 160), watching=0.01)
+        for i, row in enumerate(run.rows[cell.id])
+    ]
 
 
 def drawn(run: Run, count: int = 10, route: str = "eot") -> None:
@@ -281,6 +284,16 @@ def nobody_slows_it_down(run: Run) -> None:
     guard(run, **kind_of("fallback", "other"))
 
 
+def nobody_raises_the_alarm(run: Run) -> None:
+    guard(run, **kind_of("detector", "other"))
+    run.row(of("good"), watched=True)
+
+
+def who_does_not_know_it_raises_no_alarm(run: Run) -> None:
+    nobody_raises_the_alarm(run)
+    spend(run, adaptive=False)
+
+
 def no_weights(run: Run) -> None:
     run.identity = {}
 
@@ -339,6 +352,8 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (23, leaked),
     (23, threshold_from_nowhere),
     (25, nobody_slows_it_down),
+    (25, nobody_raises_the_alarm),
+    (25, who_does_not_know_it_raises_no_alarm),
     (26, no_weights),
     (26, lost_images),
     (26, not_repeatable),
@@ -424,6 +439,22 @@ def test_an_attack_whose_loss_nobody_can_ask_for_is_not_checked() -> None:
     run.row(of("good"), unstable=None)
     (found,) = [one for one in run.findings() if one.rule == 7]
     assert (found.state, blocking(run)) == (State.NOT_CHECKED, [])
+
+
+def test_alarms_on_purpose_are_told_with_what_they_cost() -> None:
+    run = Run.good()
+    nobody_raises_the_alarm(run)
+    spend(run)
+    (found,) = [one for one in run.findings() if one.rule == 25]
+    assert found.state is State.PASSED
+    assert "160 of 320 samples raise the alarm (clean 16)" in found.message
+    # Each 0.032 s and 0.01 s of watching, and another 0.032 s where flagged: half against 5 %.
+    assert "1.33 times as long" in found.message
+    assert "only recorded, no longer" in found.message
+    assert blocking(run) == []
+    run.rows["force"] = [row._replace(alarms=None) for row in run.rows["force"]]
+    (found,) = [one for one in run.findings() if one.rule == 25]
+    assert found.state is State.NOT_CHECKED, "runs from before say not which are flagged"
 
 
 def test_random_defences_are_told_by_the_mean_and_the_worst_of_their_draws() -> None:
