@@ -121,6 +121,19 @@ class APGD(Attack):
             return budget
         return replace(budget, queries=questions(self._aim, budget))
 
+    def believes(self, batch: Batch, losses: Sequence[float | None]) -> list[bool | None]:
+        """Below 0 another option is likelier than the right one, on the compressed path alone.
+
+        An open question has log-odds, below 0 of which the right answer may still be the likeliest.
+        """
+        if self.loss == "ce" or self.path != "compressed":
+            return [None] * len(losses)
+        options = batch.options or ((),) * len(losses)
+        return [
+            None if loss is None or len(known) < 2 else loss < 0
+            for loss, known in zip(losses, options, strict=True)
+        ]
+
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Run without a target, or once for each of them."""
         one = replace(budget, restarts=self.restarts)
@@ -184,7 +197,9 @@ def _replaced(best: Proposal, rows: Sequence[int], found: Proposal, take: Tensor
         None if old is None or new is None else old.index_copy(1, where, new[:, take])
         for old, new in ((best.loss, found.loss), (best.gradient, found.gradient))
     ]
-    done = best.done
+    done, kept = best.done, best.kept
     if done is not None and found.done is not None:
         done = done.index_copy(0, where, found.done[take])
-    return replace(best, images=images, loss=traces[0], gradient=traces[1], done=done)
+    if kept is not None and found.kept is not None:
+        kept = kept.index_copy(0, where, found.kept[take])
+    return replace(best, images=images, loss=traces[0], gradient=traces[1], done=done, kept=kept)

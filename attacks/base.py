@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
@@ -34,6 +34,22 @@ _COMPRESSION_AWARE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class OwnLoss:
+    """What the loss of an attack says of one image; minimised.
+
+    Attributes:
+        kept: of the image that was kept; None where none was judged.
+        best: the least on the way to it; None likewise.
+        believed: whether the attack takes the image for one that breaks the compressed answer;
+            None where it cannot tell.
+    """
+
+    kept: float | None = None
+    best: float | None = None
+    believed: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Proposal:
     """What `propose` may return instead of bare images.
 
@@ -41,12 +57,17 @@ class Proposal:
         images: ``[B, 3, H, W]``; projected and rounded by the base class.
         loss: ``[steps + 1, B]``, minimised, NaN where a step was not judged; None if nothing was
             optimised.
+        kept: ``[B]`` loss of `images`. None where an author does not say: then it is taken to be
+            the last that was judged, because that is what a loop returns which keeps no best.
         gradient: ``[steps, B]`` largest absolute pixel gradient of each step.
         mask: ``[B, 1, H, W]`` of 0 and 1; pixels with 0 are restored to the clean image exactly.
         notes: remarks for the report, e.g. a component that could not be used.
         made_by: of an attack made of others, what made each sample's image; empty for the rest.
         checks: of an attack made of others, the self-checks of what made each sample's image, in
             place of those of `loss` and `gradient`.
+        own: likewise, what the loss of what made each sample's image says of it.
+        believed: of an attack that asked the target: bool ``[B]``, whether the image broke the
+            compressed answer. None: what `Attack.believes` makes of the losses.
         forwards: passes of one picture through a model, per sample, that went through no view.
         backwards: gradients taken through these.
         done: bool ``[B]``, samples that left before the last step because they had reached what
@@ -64,6 +85,9 @@ class Proposal:
     forwards: int = 0
     backwards: int = 0
     done: Tensor | None = None
+    kept: Tensor | None = None
+    own: tuple[OwnLoss, ...] | None = None
+    believed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +107,7 @@ class AttackResult:
         base: ``[B, 3, H, W]`` what the budget is measured from (`Attack.canvas` of the clean
             images), exact multiples of 1/255.
         made_by: see `Proposal`.
+        own: per sample what the attack's loss says of the image.
     """
 
     images: Tensor
@@ -96,6 +121,7 @@ class AttackResult:
     queries: int
     base: Tensor
     made_by: tuple[str, ...]
+    own: tuple[OwnLoss, ...]
 
 
 class Attack(ABC):
@@ -115,6 +141,8 @@ class Attack(ABC):
     takes_penalty: ClassVar[bool] = False
     """Whether it descends with `attacks.descent.evaluate`, which adds `Batch.penalty`, so that it
     can be made to evade a detector as well (`attacks.evade`)."""
+    raises_alarm: ClassVar[bool] = False
+    """Whether against a detector it wants its alarm (`attacks.raise_alarm`)."""
     undecoded: ClassVar[bool] = False
     """Whether it looks at the model's own distributions, which no decoding method changes."""
     later: ClassVar[tuple[str, ...]] = ()
@@ -194,6 +222,39 @@ class Attack(ABC):
         """
         return images
 
+    def believes(self, batch: Batch, losses: Sequence[float | None]) -> list[bool | None]:
+        """Whether each image breaks the compressed answer, as far as the attack's loss can tell.
+
+        Attacks whose loss has a known zero (a margin) say so; a likelihood or a ranking has none.
+
+        Args:
+            batch: the samples as the attack was told of them.
+            losses: of the images that were kept; None where none was judged.
+
+        Returns:
+            None for a sample of which the loss does not tell.
+        """
+        del batch
+        return [None] * len(losses)
+
+    def standing(self, *, random: bool) -> Attack | None:
+        """This attack without a step: all it does is judge its start, so it tells its loss there.
+
+        Args:
+            random: at a random point of the linf ball; else at the clean image.
+
+        Returns:
+            None for an attack without the options `steps` and `random_start`.
+        """
+        own: Any = self  # a dataclass, as every attack is
+        names = {field.name for field in fields(own)}
+        if not {"steps", "random_start"} <= names:
+            return None
+        given: dict[str, Any] = {"restarts": 1, "targets": 0, "norm": "linf"}
+        changes = {key: value for key, value in given.items() if key in names}
+        standing: Attack = replace(own, steps=0, random_start=random, **changes)
+        return standing
+
     @abstractmethod
     def propose(
         self,
@@ -247,9 +308,22 @@ class Attack(ABC):
         proposal = proposed if isinstance(proposed, Proposal) else Proposal(proposed)
         with torch.no_grad():
             result = _result(base, _admit(batch, base, proposal, budget), proposal, meter)
-            result = replace(result, notes=(*result.notes, *_vanished(budget, proposal, result)))
+            notes = (*result.notes, *_vanished(budget, proposal, result))
+            result = replace(result, notes=notes, own=self._own(own, proposal, result.own))
         _verify(batch, budget, result)
         return result
+
+    def _own(
+        self, batch: Batch, proposal: Proposal, found: tuple[OwnLoss, ...]
+    ) -> tuple[OwnLoss, ...]:
+        """What the losses say, with what the attack makes of them."""
+        if proposal.own is not None:
+            return found
+        if proposal.believed is not None:
+            told: list[bool | None] = [bool(one) for one in proposal.believed.tolist()]
+        else:
+            told = self.believes(batch, [one.kept for one in found])
+        return tuple(replace(one, believed=so) for one, so in zip(found, told, strict=True))
 
 
 def _told(batch: Batch, knowledge: Knowledge) -> Batch:
@@ -328,11 +402,21 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
     linf, l2 = norms((to_levels(images) - to_levels(base)).double() / 255)
     count = len(base)
     losses = _columns(proposal.loss, count)
+    done = [False] * count if proposal.done is None else proposal.done.tolist()
+    own = proposal.own
+    if own is None:
+        kept = _kept(proposal.kept, count)
+        # What a sample was done with beats any lower loss on the way to it.
+        own = tuple(
+            OwnLoss(one, one) if won else _own(loss, one)
+            for loss, one, won in zip(losses, kept, done, strict=True)
+        )
     checks = proposal.checks
     if checks is None:
-        done = [False] * count if proposal.done is None else proposal.done.tolist()
-        parts = zip(losses, _columns(proposal.gradient, count), done, strict=True)
-        checks = tuple(() if won else run_checks(loss, slopes) for loss, slopes, won in parts)
+        parts = zip(losses, _columns(proposal.gradient, count), own, done, strict=True)
+        checks = tuple(
+            () if won else run_checks(loss, slope, one.kept) for loss, slope, one, won in parts
+        )
     return AttackResult(
         images=images,
         loss=[_thin([value for value in column if not math.isnan(value)]) for column in losses],
@@ -345,6 +429,7 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
         queries=math.ceil(meter.queries / max(count, 1)),
         base=base,
         made_by=proposal.made_by,
+        own=own,
     )
 
 
@@ -379,6 +464,20 @@ def _columns(trace: Tensor | None, count: int) -> list[list[float]]:
         return [[] for _ in range(count)]
     columns: list[list[float]] = trace.detach().double().cpu().t().tolist()
     return columns
+
+
+def _kept(losses: Tensor | None, count: int) -> list[float | None]:
+    found: list[float | None] = [None] * count
+    return found if losses is None else losses.detach().double().cpu().tolist()
+
+
+def _own(losses: Sequence[float], kept: float | None) -> OwnLoss:
+    """Of one sample's trace and the loss of its image, the last judged if nobody says."""
+    seen = [value for value in losses if not math.isnan(value)]
+    if not seen:
+        return OwnLoss(kept, kept)
+    kept = seen[-1] if kept is None else kept
+    return OwnLoss(kept, min(*seen, kept))
 
 
 def _thin(values: list[float]) -> list[float]:

@@ -79,19 +79,43 @@ def unfinished(losses: Losses) -> str | None:
     )
 
 
+def silent_success(losses: Losses, kept: float | None) -> str | None:
+    """A better image was met on the way than the one that was kept (IoAF, no. 3).
+
+    Between a start and an end there is no way: whether the end is better, `no_progress` tells.
+
+    Args:
+        losses: judged, of one sample.
+        kept: of the image that was kept; None if unknown.
+    """
+    if kept is None or len(losses) < 3 or kept <= min(losses) + _tolerance(losses):
+        return None
+    return (
+        f"silent-success: the image that was kept has a loss of {kept:.4g}, and one on the way had "
+        f"{min(losses):.4g}. Keep the best iterate, not the last."
+    )
+
+
 _ON_LOSSES: tuple[Callable[[Losses], str | None], ...] = (no_progress, not_decreasing, unfinished)
 
 
-def run_checks(losses: Losses, gradients: Sequence[float]) -> tuple[str, ...]:
+def run_checks(
+    losses: Losses, gradients: Sequence[float], kept: float | None = None
+) -> tuple[str, ...]:
     """Every message that applies to one sample.
 
     Args:
         losses: judged losses, first to last; NaN entries (steps not judged) are left out.
         gradients: largest absolute pixel gradient at each step, NaN where none was taken.
+        kept: loss of the image that was kept; None if unknown.
     """
     seen = [value for value in losses if not math.isnan(value)]
     slopes = [value for value in gradients if not math.isnan(value)]
-    messages = [zero_gradient(slopes), *(check(seen) for check in _ON_LOSSES)]
+    messages = [
+        zero_gradient(slopes),
+        *(check(seen) for check in _ON_LOSSES),
+        silent_success(seen, kept),
+    ]
     return tuple(message for message in messages if message is not None)
 
 

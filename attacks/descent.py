@@ -256,7 +256,7 @@ class Run:
 
     def proposal(self, mask: Tensor | None) -> Proposal:
         """What `propose` returns."""
-        return Proposal(self.images, self.loss, self.gradient, mask, done=self.done)
+        return Proposal(self.images, self.loss, self.gradient, mask, done=self.done, kept=self.best)
 
 
 def better(one: Run, two: Run) -> Run:

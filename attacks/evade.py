@@ -84,6 +84,10 @@ class Evade(Attack):
         """That of the attack."""
         return self.inner.canvas(images)
 
+    def standing(self, *, random: bool) -> Attack | None:
+        """That of the attack: a detector is no part of the answer, so its jumps are none of it."""
+        return self.inner.standing(random=random)
+
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Search for the weight; keep the best image of each sample."""
         search = _Search(batch.images)
@@ -173,19 +177,15 @@ class _Search:
 
     def result(self, notes: tuple[str, ...], forwards: int, backwards: int) -> Proposal:
         """The best images."""
-        loss, gradient = (
-            (None, None) if self._found is None else (self._found.loss, self._found.gradient)
-        )
-        done = None if self._found is None else self._found.done
-        return Proposal(
-            self._images,
-            loss,
-            gradient,
-            None,
-            notes,
+        found = Proposal(self._images) if self._found is None else self._found
+        return replace(
+            found,
+            images=self._images,
+            believed=self._worth >= 2,
+            mask=None,
+            notes=notes,
             forwards=forwards,
             backwards=backwards,
-            done=done,
         )
 
 
@@ -194,9 +194,9 @@ def _merged(old: Proposal, new: Proposal, take: Tensor) -> Proposal:
     done = None if old.done is None or new.done is None else torch.where(take, new.done, old.done)
     traces = [
         None if one is None or two is None else torch.where(take, two, one)
-        for one, two in ((old.loss, new.loss), (old.gradient, new.gradient))
+        for one, two in ((old.loss, new.loss), (old.gradient, new.gradient), (old.kept, new.kept))
     ]
-    return replace(old, loss=traces[0], gradient=traces[1], done=done)
+    return replace(old, loss=traces[0], gradient=traces[1], done=done, kept=traces[2])
 
 
 def _settled(batch: Batch, found: Proposal, budget: Budget) -> Tensor:

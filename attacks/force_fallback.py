@@ -62,12 +62,14 @@ class ForceFallback(Attack):
 
     *Differs from the paper in …*: there is none. What is minimised is a relaxation; whether a
     picture falls back is decided by the hard signal and a threshold that the attack does not know.
-    Without such a defence it wins nothing.
+    Without such a defence it wins nothing. With ``adaptive: true`` it becomes
+    `attacks.raise_alarm` against a detector, whose alarm is what costs there.
     """
 
     name: ClassVar[str] = "force_fallback"
     knowledge: ClassVar[Knowledge] = Knowledge.COMPRESSED
     sometimes_idle: ClassVar[bool] = True
+    raises_alarm: ClassVar[bool] = True
 
     signal: Literal["jaccard", "gap", "kendall"] = "jaccard"
     shift: Annotated[int, Ge(1)] | None = None

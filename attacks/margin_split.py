@@ -120,6 +120,11 @@ class MarginSplit(Attack):
         alpha = epsilon / 2 if self.alpha is None else self.alpha
         return Budget(epsilon, "linf", alpha, self.steps, self.restarts)
 
+    def believes(self, batch: Batch, losses: Sequence[float | None]) -> list[bool | None]:
+        """Below −confidence the margin through the compressor is negative: another token wins."""
+        del batch
+        return [None if loss is None else loss < -self.confidence for loss in losses]
+
     def propose(self, view: WhiteBoxView, batch: Batch, budget: Budget, rng: SeedBank) -> Proposal:
         """Descend on the Lagrangian; what fails only compressed leaves."""
         objective = _Objective(self, view, batch)

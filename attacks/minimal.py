@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 from torch import Tensor
 
-from attacks.base import Attack, Proposal
+from attacks.base import Attack, OwnLoss, Proposal
 from attacks.budget import LEVELS, Budget, to_levels
-from attacks.goal import QUESTIONS, Judge
+from attacks.goal import QUESTIONS, Goal, Judge
 from attacks.members import gradients, make_member
 from attacks.seeds import SeedBank
-from attacks.suite import CLEAN, Job, Made, Suite, padded
+from attacks.suite import CLEAN, Job, Made, Suite, believing, padded
 from targets.base import Batch, Knowledge, WhiteBoxView
 
 
@@ -83,7 +83,7 @@ class Minimal(Attack):
                 made = job.run(rows)
                 found.learn(levels, made, judge.broken(made.batch), self.attack)
             due = found.due(self.resolution)
-        return found.proposal()
+        return found.proposal(self.goal)
 
     def _member(self) -> Attack:
         if self.attack == Suite.name:
@@ -102,6 +102,7 @@ class _Search:
     made_by: list[str]
     loss: list[list[float]]
     checks: list[tuple[str, ...]]
+    own: list[OwnLoss]
     notes: list[str]
     whole: int
 
@@ -116,6 +117,7 @@ class _Search:
             made_by=[CLEAN] * count,
             loss=[[] for _ in range(count)],
             checks=[()] * count,
+            own=[OwnLoss()] * count,
             notes=[],
             whole=levels,
         )
@@ -135,6 +137,7 @@ class _Search:
                 self.made_by[row] = (made.result.made_by or (name,) * len(made.rows))[place]
                 self.loss[row] = made.result.loss[place]
                 self.checks[row] = made.result.checks[place]
+                self.own[row] = replace(made.result.own[place], believed=bool(broken[place]))
 
     def due(self, resolution: int) -> dict[int, list[int]]:
         """Rows whose ends are further apart than the resolution, by the budget to try next."""
@@ -144,7 +147,7 @@ class _Search:
                 found.setdefault((low + high) // 2, []).append(row)
         return found
 
-    def proposal(self) -> Proposal:
+    def proposal(self, goal: Goal) -> Proposal:
         """What `propose` returns."""
         return Proposal(
             self.images,
@@ -152,4 +155,5 @@ class _Search:
             notes=tuple(self.notes),
             made_by=tuple(self.made_by),
             checks=tuple(self.checks),
+            own=tuple(believing(self.own, goal)),
         )

@@ -91,7 +91,7 @@ class Square(Attack):
             missing = torch.full_like(best, math.nan)
             missing[rows] = best[rows]
             trace.append(missing)
-        return Proposal(images, loss=torch.stack(trace))
+        return Proposal(images, loss=torch.stack(trace), kept=best)
 
 
 class _Target:

@@ -11,10 +11,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from attacks.base import Attack, AttackResult, Proposal
+from attacks.base import Attack, AttackResult, OwnLoss, Proposal
 from attacks.budget import Budget
 from attacks.errors import AttackError
-from attacks.goal import QUESTIONS, Judge
+from attacks.goal import QUESTIONS, Goal, Judge
 from attacks.members import gradients, make_member, members_for
 from attacks.seeds import SeedBank
 from targets.base import Batch, Knowledge, WhiteBoxView
@@ -94,7 +94,7 @@ class Suite(Attack):
                 broken = judge.broken(made.batch)
                 kept.take(name, made, broken, judge.nearness(made.batch))
                 left[torch.tensor(made.rows)[broken]] = False
-        return kept.proposal()
+        return kept.proposal(self.goal)
 
     def _attacks(self) -> dict[str, Attack]:
         """Members by name, in order."""
@@ -171,6 +171,7 @@ class _Kept:
     near: Tensor  # float64 [B]; +inf once broken
     loss: list[list[float]]
     checks: list[tuple[str, ...]]
+    own: list[OwnLoss]
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -182,6 +183,7 @@ class _Kept:
             near=torch.full((count,), -math.inf, dtype=torch.float64),
             loss=[[] for _ in range(count)],
             checks=[()] * count,
+            own=[OwnLoss()] * count,
         )
 
     def take(self, name: str, made: Made, broken: Tensor, near: Tensor) -> None:
@@ -195,8 +197,9 @@ class _Kept:
                 self.made_by[row] = (made.result.made_by or (name,) * len(made.rows))[place]
                 self.loss[row] = made.result.loss[place]
                 self.checks[row] = made.result.checks[place]
+                self.own[row] = replace(made.result.own[place], believed=bool(broken[place]))
 
-    def proposal(self) -> Proposal:
+    def proposal(self, goal: Goal) -> Proposal:
         """What `propose` returns."""
         return Proposal(
             self.images,
@@ -204,6 +207,7 @@ class _Kept:
             notes=tuple(self.notes),
             made_by=tuple(self.made_by),
             checks=tuple(self.checks),
+            own=tuple(believing(self.own, goal)),
         )
 
 
@@ -214,3 +218,8 @@ def padded(traces: Sequence[Sequence[float]]) -> Tensor | None:
         return None
     rows = [[*trace, *[math.nan] * (length - len(trace))] for trace in traces]
     return torch.tensor(rows, dtype=torch.float64).t()
+
+
+def believing(own: Sequence[OwnLoss], goal: Goal) -> list[OwnLoss]:
+    """What was judged by asking; asking about all tokens tells nothing of the compressed answer."""
+    return [one if goal != "full" else replace(one, believed=None) for one in own]

@@ -70,6 +70,12 @@ class Guard:
         stand_in = None if self.fallback is None else self.fallback.stand_in()
         return self.selections if stand_in is None else (*self.selections, stand_in)
 
+    def draws(self, *, compressed: bool) -> bool:
+        """Whether answers on a path may differ from one draw of its randomness to the next."""
+        everywhere = (self.decoding, *self.inputs)
+        choosing = (*self.selections, self.fallback) if compressed else ()
+        return any(one is not None and one.draws for one in (*everywhere, *choosing))
+
     def acts(self, *, compressed: bool) -> bool:
         """Whether it changes an answer on a path; the selection is of the compressed one only."""
         everywhere = (self.encoder, self.decoding, *self.inputs)

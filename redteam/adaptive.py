@@ -62,8 +62,15 @@ def adapt(attack: Method, defense: Method, own: Attack | None = None) -> Adapted
     detector = Guard.of(guarding).detector
     if detector is not None:
         from attacks.evade import Evade
+        from attacks.force_fallback import ForceFallback
+        from attacks.raise_alarm import RaiseAlarm
 
         draws = attack.draws if detector.draws else 1
+        if isinstance(made, ForceFallback):
+            names = ("steps", "alpha", "restarts", "momentum")
+            taken = {name: getattr(made, name) for name in names}
+            alarm = RaiseAlarm(draws=draws, passes=detector.passes, **taken)
+            return Adapted(alarm, through=False)
         return Adapted(Evade(inner=made, draws=draws, passes=detector.passes), through=False)
     return Adapted(made, through=True, passes=passes_of(guarding, attack.draws))
 
@@ -85,7 +92,7 @@ def obstacle(attack: Method, defense: Method) -> str | None:
 
     guard = Guard.of(guarding)
     if guard.detector is not None:
-        if made.takes_penalty:
+        if made.takes_penalty or made.raises_alarm:
             return None
         return "it descends on no loss that the detector's score could be added to"
     return _out_of_sight(made, guard) or _undecoded(made, guard) or _unsettled(made, guarding)

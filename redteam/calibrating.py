@@ -55,10 +55,18 @@ class Watching:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """The score of one picture, and the seconds that took: an equal share of its batch."""
+    """The score of one picture, and the seconds that took: an equal share of its batch.
+
+    Attributes:
+        score: higher is more suspicious.
+        seconds: of scoring it.
+        limit: threshold above which it is flagged, at a false-positive rate of `AIM`; None while
+            the detector is being calibrated.
+    """
 
     score: float
     seconds: float
+    limit: float | None = None
 
 
 def open_calibration(scenario: Scenario, samples: Samples) -> Samples | None:
@@ -219,13 +227,15 @@ def watch(
     """Score pictures, as deployed: no gradient, and each sample by its own seed."""
     import torch
 
+    limit = threshold(watching.record.scores, AIM)
+
     def score(indices: Sequence[int]) -> list[Watched]:
         started = time.perf_counter()
         traffic = asker.traffic([shots[index] for index in indices], compression, defense)
         with torch.no_grad():
             found = watching.detector.score(traffic, watching.state).tolist()
         seconds = (time.perf_counter() - started) / len(indices)
-        return [Watched(value, seconds) for value in found]
+        return [Watched(value, seconds, limit) for value in found]
 
     return asker.each(shots, score, where)
 
@@ -236,7 +246,7 @@ under that of any lower rate too."""
 
 
 def evading(asker: Asker, watching: Watching, compression: Method, attack: Attack) -> Attack:
-    """An attack (`attacks.evade`) on a detector, given all that is to be known of it.
+    """An attack on a detector (`attacks.evade`, `attacks.raise_alarm`), told all there is to know.
 
     Args:
         asker: of the target.
@@ -250,11 +260,12 @@ def evading(asker: Asker, watching: Watching, compression: Method, attack: Attac
     import numpy as np
 
     from attacks.evade import Evade
+    from attacks.raise_alarm import RaiseAlarm
     from defenses.detector import Traffic
     from defenses.selection import drawn
 
     limit = threshold(watching.record.scores, AIM)
-    if limit is None or not isinstance(attack, Evade):
+    if limit is None or not isinstance(attack, Evade | RaiseAlarm):
         raise PlanError(f"{watching.record.detector} has no threshold that could be evaded")
     detector, compressor = watching.detector.watchful, asker.instance(compression)
 
@@ -265,6 +276,8 @@ def evading(asker: Asker, watching: Watching, compression: Method, attack: Attac
 
     spread = float(np.std(watching.record.scores))
     scale = max(spread, abs(limit) * 1e-3, 1e-6)
+    if isinstance(attack, RaiseAlarm):
+        return replace(attack, suspicion=suspicion, limit=limit, scale=scale)
     return replace(attack, suspicion=suspicion, limit=limit, scale=scale, margin=0.1 * scale)
 
 

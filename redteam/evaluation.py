@@ -163,6 +163,7 @@ class Asker:
         defense: Method,
         where: str,
         forced: Mapping[int, Selection] | None = None,
+        draw: int = 0,
     ) -> Replies:
         """Answer the question of each shot.
 
@@ -172,12 +173,13 @@ class Asker:
             defense: of any kind; `none` too.
             where: what is being done, for the record of errors.
             forced: selections to impose instead of the compressor's own, by index.
+            draw: of the randomness of compressor and defence; 0 is the one that counts.
         """
 
         def reply(indices: Sequence[int]) -> list[Reply]:
             chosen = [shots[index] for index in indices]
             imposed = None if forced is None else [forced[index] for index in indices]
-            return self._replies(chosen, compression, defense, imposed)
+            return self._replies(chosen, compression, defense, imposed, draw)
 
         through = "" if compression is None else compression.label
         passes = self._passes_of(defense, 1)
@@ -206,10 +208,12 @@ class Asker:
         compression: Method | None,
         defense: Method,
         forced: Sequence[Selection] | None,
+        draw: int = 0,
     ) -> list[Reply]:
         """One reply for each shot; with a vote, the first of those that say what most say."""
         count = self.guard(defense).votes
-        draws = [self._draw(shots, compression, defense, forced, draw) for draw in range(count)]
+        votes = range(draw * count, (draw + 1) * count)
+        draws = [self._draw(shots, compression, defense, forced, vote, draw) for vote in votes]
         if count == 1:
             return draws[0]
         from defenses.voting import majority
@@ -227,8 +231,9 @@ class Asker:
         defense: Method,
         forced: Sequence[Selection] | None,
         draw: int,
+        compressor_draw: int = 0,
     ) -> list[Reply]:
-        """Replies under one draw of the defence's randomness."""
+        """Replies under one draw of the defence's randomness, and of the compressor's."""
         started = time.perf_counter()
         guard, instance = self.guard(defense), self.defended(defense)
         images = self.images(shots)
@@ -242,7 +247,7 @@ class Asker:
         if compressor is None or compression is None:
             return asked.replies(range(len(shots)), None, None, forced)
         # A compressor that draws draws the same for the clean and the attacked image.
-        seeds = self._seeds(compression, shots)
+        seeds = self._seeds(compression, shots, 0, compressor_draw)
         if guard.fallback is None or forced is not None:
             return asked.replies(range(len(shots)), compressor, seeds, forced)
         questions = [shot.sample.question for shot in shots]
@@ -309,6 +314,18 @@ class Asker:
             compressed: which path.
         """
         return self.guard(defense).acts(compressed=compressed)
+
+    def draws(self, compression: Method | None, defense: Method) -> bool:
+        """Whether answers on a path may differ between draws of a defence or a compressor.
+
+        Args:
+            compression: None for all visual tokens.
+            defense: any, `none` too.
+        """
+        if compression is not None and self.imposes_clean(defense):
+            return False  # what is kept is given
+        drawing = compression is not None and self.instance(compression).draws
+        return drawing or self.guard(defense).draws(compressed=compression is not None)
 
     def imposes_clean(self, defense: Method) -> bool:
         """Whether the clean picture's selection is imposed on the attacked one."""

@@ -214,7 +214,7 @@ def show_report(
     console.print(Text(built.headline, style=_STYLES[built.verdict]))
     console.print(Text(built.why), soft_wrap=True)
     console.print()
-    for table in filter(None, (built.table, built.defenses, built.detectors)):
+    for table in filter(None, (built.table, built.defenses, built.draws, built.detectors)):
         console.print(_rich(table))
         console.print()
     for note in (*notes, *built.notes):

@@ -201,7 +201,7 @@ class Scenario:
             "defenses": [_named(method) for method in self.defenses],
             "gates": list(map(_gate, self.gates)),
             **({"surrogates": list(map(_named, self.surrogates))} if self.surrogates else {}),
-            **({"checks": self.checks.model_dump()} if self.checks != ChecksOptions() else {}),
+            **({"checks": _checks(self.checks)} if self.checks != ChecksOptions() else {}),
             **({"answers": self.answers.model_dump()} if self.answers != AnswerOptions() else {}),
             **({"calibration": self.calibration.spec} if self.calibration else {}),
         }
@@ -223,6 +223,11 @@ def _gate(gate: GateSpec) -> dict[str, Any]:
     later = ("allow_unverified", "family", "baseline", "max_increase", "max_decrease")
     unused = {key for key in later if getattr(gate, key) == GateSpec.model_fields[key].default}
     return gate.model_dump(mode="json", exclude={"line", "baseline_folder", *unused})
+
+
+def _checks(checks: ChecksOptions) -> dict[str, Any]:
+    """Self-checks; an option that came later is told only where it is used."""
+    return {"repeat": checks.repeat, **checks.model_dump(exclude_defaults=True)}
 
 
 def _named(method: Method) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from reports.records import (
     Demand,
     Demands,
     Detection,
+    Draws,
     Effort,
+    Objective,
     Pipelines,
     Swap,
     Tokens,
@@ -47,6 +49,7 @@ class Attacked:
         made_by: which part of a combined attack made it.
         base: what its budget was measured from.
         pipeline: hash of the defended target it was made on; "" if on none.
+        objective: what the attack's loss says of it.
     """
 
     shot: Shot
@@ -59,6 +62,7 @@ class Attacked:
     made_by: str
     base: Shot
     pipeline: str = ""
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,7 @@ def measured(
         clean_png=clean.png,
         attacked_png=attacked.shot.png,
         loss=attacked.loss,
+        objective=attacked.objective,
         checks=list(attacked.checks),
         timings={name: round(seconds, 6) for name, seconds in timings.items()},
     )
@@ -170,8 +175,35 @@ def with_scores(trial: Trial, seen: Sequence[Watched]) -> Trial:
         clean=clean.score,
         attacked=attacked.score,
         seconds=round((clean.seconds + attacked.seconds) / 2, 6),
+        limit=clean.limit,
     )
     return trial.model_copy(update={"detection": found})
+
+
+def with_draws(trial: Trial, others: Sequence[tuple[Reply, ...]]) -> Trial:
+    """A trial with what became of it under further draws of a defence or a compressor.
+
+    Args:
+        trial: measured, under the first draw.
+        others: the four answers under each further one; none where nothing is drawn.
+    """
+    if not others or trial.answers is None:
+        return trial
+    a = trial.answers
+    own = (a.clean_full, a.clean_compressed, a.attacked_full, a.attacked_compressed)
+    rows = [
+        tuple(one.correct for one in four)
+        for four in (own, *(tuple(reply.answer for reply in four) for four in others))
+    ]
+    found = Draws(
+        count=len(rows),
+        clean=sum(clean for _, clean, _, _ in rows),
+        attacked=sum(hit for _, _, _, hit in rows),
+        broken=sum(clean and not hit for _, clean, _, hit in rows),
+        eligible=sum(full and clean for full, clean, _, _ in rows),
+        failures=sum(row == (True, True, True, False) for row in rows),
+    )
+    return trial.model_copy(update={"draws": found})
 
 
 def _tokens(clean: Reply, attacked: Reply, places: Places, evidence: Bools | None) -> Tokens | None:

@@ -159,6 +159,9 @@ class ChecksOptions(BaseModel):
     model_config = _STRICT
 
     repeat: Annotated[int, Interval(ge=0, le=64)] = 2
+    stability: Annotated[int, Interval(ge=0, le=64)] = 2
+    points: Annotated[int, Interval(ge=2, le=1000)] = 100
+    draws: Annotated[int, Interval(ge=1, le=64)] = 1
 
 
 class Header(BaseModel):

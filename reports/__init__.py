@@ -37,6 +37,7 @@ class Built:
         notes: what a reader should know before trusting the table, one sentence each.
         doubted: whether a self-check took the pass of a gate away.
         detectors: one row per cell of a detector; None without one.
+        draws: one row per cell that was asked under several draws; None without one.
         more_samples_decide: whether it is inconclusive only for want of samples.
     """
 
@@ -54,6 +55,7 @@ class Built:
     doubted: bool = False
     defenses: Table | None = None
     detectors: Table | None = None
+    draws: Table | None = None
     more_samples_decide: bool = False
 
 
@@ -72,7 +74,7 @@ def build_reports(folder: Path, baseline: Path | None = None) -> Built:
         StoreError: if it is no run folder, is damaged, or cannot be written.
         ReportError: if manifest and ledger do not belong together.
     """
-    from reports import defended, detection
+    from reports import defended, detection, draws
     from reports.baseline import Baselines
     from reports.findings import Gathered
     from reports.html import render
@@ -105,5 +107,6 @@ def build_reports(folder: Path, baseline: Path | None = None) -> Built:
         defenses=defended.table(summary),
         doubted=any(cell["doubt"] for gate in summary["gates"] for cell in gate["cells"]),
         detectors=detection.table(summary),
+        draws=draws.table(summary),
         more_samples_decide=summary["more_samples_decide"],
     )

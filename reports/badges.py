@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from reports.checks import Doubt, empty, harmless
+from reports.draws import over_draws, worst_attack
 from reports.evidence import Budget, Case, budget_of, cases, is_large, undefended
 from reports.honesty import Finding, audit, common_clean, verified
 from reports.marks import UNVERIFIED, VERIFIED, worst
@@ -154,6 +155,7 @@ def _budget(case: Case, budget: Budget) -> dict[str, Any]:
                     "none": _csfr(case, _same_attacks(control, with_)),
                     "defended": _csfr(case, with_),
                 },
+                **_over_draws(case, with_),
             }
             for sort, with_ in (("non_adaptive", foreign), ("adaptive", adaptive))
         },
@@ -174,6 +176,12 @@ def _csfr(case: Case, cells: Iterable[Cell]) -> dict[str, Any]:
                 able[name] = able.get(name, False) or row.failure
     found: Estimate = wilson(sum(able.values()), len(able)) if able else EMPTY
     return found.as_json()
+
+
+def _over_draws(case: Case, cells: Iterable[Cell]) -> dict[str, Any]:
+    """Over the draws of a random defence, of each sample under the attack that is worst on it."""
+    found = over_draws(worst_attack(case.measured(cell) for cell in cells))
+    return {} if found is None else {"draws": found}
 
 
 def _seconds(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:

@@ -30,9 +30,16 @@ ALPHA = 0.05
 """Two-sided level of the paired tests, divided by the number of comparisons made for a cell."""
 TOLERANCE = 0.01
 """A rate may fall by this much (one point) along a curve, or rise with twice the steps."""
-MAX_SHARE = {"zero-gradient": 0.0, "no-progress": 0.05, "not-decreasing": 0.05, "unfinished": 0.05}
+MAX_SHARE = {
+    "zero-gradient": 0.0,
+    "no-progress": 0.05,
+    "not-decreasing": 0.05,
+    "unfinished": 0.05,
+    "silent-success": 0.0,
+}
 """Of the samples that could be broken, the share on which a code may stand before the cell is in
-doubt: none for a gradient of zero, else what a gate tolerates in errors, for the same reason."""
+doubt: none for what no sound attack does, else what a gate tolerates in errors, for the same
+reason."""
 
 REMEDY = {
     "zero-gradient": "use a straight-through or BPDA gradient, float32, or another loss",
@@ -41,6 +48,7 @@ REMEDY = {
     "not-decreasing": "lower alpha or use a decaying schedule",
     "unfinished": "raise steps, or run the attack with twice the steps in the same scenario: if "
     "that breaks no more, this is lifted",
+    "silent-success": "keep the best iterate of the path, not the last",
     "no-gain": "give it more steps, restarts or another loss; if the model really withstands it, "
     "show in the same scenario that it beats noise at a larger epsilon; with few samples take more",
     "no-control": "list noise beside the attack, at the same epsilons and in the same norm: "
@@ -223,7 +231,12 @@ def demanding(cell: Cell) -> bool:
 
 
 def _growth(row: Row) -> float:
-    """The largest factor by which an attack raised what an answer demands; 1 if unknown."""
+    """The largest factor by which an attack raised what an answer demands; 1 if unknown.
+
+    An alarm that the clean image does not raise demands another answer.
+    """
+    if row.alarms is not None and row.alarms[1] and not row.alarms[0]:
+        return 2
     names = ("tokens_growth", "length_full_growth", "length_compressed_growth")
     return max((value for name in names if (value := mean_value(row, name)) is not None), default=1)
 

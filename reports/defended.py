@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from reports import draws
 from reports.marks import bare, failed
 from reports.terminal import Table
 from reports.text import epsilon_text, interval, number, plain
@@ -24,6 +25,7 @@ _COLUMNS: Final = (
     ("ε", True),
     ("CSFR, not knowing it", True),
     ("CSFR, knowing it", True),
+    ("over draws, expected", True),
     ("clean, full", True),
     ("clean, compressed", True),
     ("seconds", True),
@@ -54,6 +56,7 @@ def table(summary: Mapping[str, Any]) -> Table | None:
                 epsilon_text(top["epsilon"]) if top else "—",
                 _change(top, "non_adaptive"),
                 _change(top, "adaptive"),
+                _drawn(top),
                 _accuracy(place["clean"], "full"),
                 _accuracy(place["clean"], "compressed"),
                 _took(seconds),
@@ -64,6 +67,7 @@ def table(summary: Mapping[str, Any]) -> Table | None:
         (name, number_, column)
         for (name, number_), column in zip(_COLUMNS, zip(*rows, strict=True), strict=True)
         if name != "target" or len(set(column)) > 1
+        if name != "over draws, expected" or set(column) != {NOTHING}
     ]
     return Table(
         columns=tuple(name for name, _, _ in shown),
@@ -77,6 +81,18 @@ def _change(budget: Mapping[str, Any] | None, sort: str) -> str:
         return "no attack"
     rate = budget[sort]["csfr"]
     return f"{number(rate['none']['value'], 2)} → {interval(rate['defended'], 2)}"
+
+
+NOTHING: Final = "—"
+"""Of a defence that draws nothing, or was asked under one draw."""
+
+
+def _drawn(budget: Mapping[str, Any] | None) -> str:
+    """CSFR over draws of the evaluation, of attacks that know it; else of those that do not."""
+    for sort in ("adaptive", "non_adaptive"):
+        if budget is not None and "draws" in budget[sort]:
+            return draws.drawn_text(budget[sort]["draws"])
+    return NOTHING
 
 
 def _accuracy(clean: Mapping[str, Any], path: str) -> str:

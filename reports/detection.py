@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from reports.availability import TYPES as AVAILABILITY
 from reports.marks import UNVERIFIED
 from reports.records import Calibration, Cell, Manifest, Trial
 from reports.statistics import DRAWS, EMPTY, Estimate, unseen, wilson
@@ -288,7 +289,7 @@ def _entry(
         "compression": cell.compression,
         "attack": cell.attack,
         "epsilon": cell.epsilon,
-        "adaptive": bool(cell.spec["attack"].get("adaptive")),
+        "adaptive": bool(cell.spec["attack"].get("adaptive")) and not raising(cell),
         "same_attack": _same_attack(cell),
         "negatives": len(clean),
         "positives": len(attacked),
@@ -302,6 +303,11 @@ def _entry(
         "cost": _cost(rows, calibration),
         "curve": _curve(rows, calibration),
     }
+
+
+def raising(cell: Cell) -> bool:
+    """Whether an attack wants the alarm, and so does not evade it."""
+    return cell.spec["attack"].get("type") in AVAILABILITY
 
 
 def _same_attack(cell: Cell) -> bool:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Literal
 
-from reports.checks import TOLERANCE, area, options_of
+from reports.checks import TOLERANCE, area, broke_compressed, options_of
+from reports.draws import drawn_text, over_draws, worst_attack
 from reports.evidence import LARGE, Budget, Case, but_steps, is_large
 from reports.gate import MAX_ERROR_SHARE
 from reports.measure import Row
@@ -26,6 +27,8 @@ from reports.text import count, epsilon_text, plain
 
 DRAWS: Final = 20
 """Least draws of a random defence in each call of its attack. [AutoAttack, "rand"]"""
+EVALUATED: Final = 10
+"""Least draws under which a random defence is asked."""
 QUERIES: Final = 5_000
 """Least questions of the attack without gradients. [AutoAttack's default]"""
 ALARM: Final = 0.002
@@ -36,6 +39,11 @@ SAMPLES: Final = 300
 """Least samples of a paired comparison. [inferred]"""
 BUDGETS: Final = 3
 """Least budgets of a curve. [inferred]"""
+UNSTABLE: Final = 0.1
+"""Most that a loss may change near a picture, of its size. [Indicators of Attack Failure, 2]"""
+MISTAKEN: Final = 0.05
+"""Share of the images an attack took for breaks that may break nothing. [inferred: what a gate
+tolerates in errors; a margin near zero falls either way with the rounding of another batch]"""
 RESTARTS: Final = 5
 NOISES: Final = 100
 COMMON: Final = 1 - MAX_ERROR_SHARE
@@ -131,14 +139,6 @@ def _not_applicable(message: str) -> Outcome:
 def _needs(rule: int, what: str) -> Outcome:
     """There is nothing to look at, and another rule says so."""
     return State.NOT_CHECKED, f"there is no {what} to look at (rule {rule})"
-
-
-def _unchecked(why: str) -> Callable[[Case], Outcome]:
-    def check(case: Case) -> Outcome:
-        del case
-        return State.NOT_CHECKED, why
-
-    return check
 
 
 def _threat_model(case: Case) -> Outcome:
@@ -252,6 +252,58 @@ def _gradients(case: Case) -> Outcome:
     return _passed("no gradient was zero, and the loss went down")
 
 
+def _stable(case: Case) -> Outcome:
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    if case.facts is not None and case.facts.stochastic:
+        draws = min(int(options_of(cell).get("draws", 1)) for cell in case.white)
+        if draws > 1:
+            return _passed(f"each loss of the attack is a mean over {draws} draws")
+    worst, where, count_ = -1.0, "", 0
+    for cell in case.white:
+        rows = case.measured(cell).values()
+        seen = [row.unstable for row in rows if row.unstable is not None]
+        mean = sum(seen) / len(seen) if seen else -1.0
+        if mean > worst:
+            worst, where, count_ = mean, _name(cell), len(seen)
+    if not count_:
+        return _no_stability(case)
+    shown = (
+        f"at random points within 8/255 the loss of {where} changed by {worst:.1%} of its size on "
+        f"average ({count(count_, 'sample')})"
+    )
+    return _failed(shown) if worst > UNSTABLE else _passed(shown)
+
+
+def _no_stability(case: Case) -> Outcome:
+    if not any(row.judged for cell in case.white for row in case.measured(cell).values()):
+        return State.NOT_CHECKED, "the loss at random points around a picture is not recorded"
+    checks = case.manifest.scenario.get("checks") or {}
+    if checks.get("stability") == 0:
+        return _failed("checks.stability is 0, so the loss around a picture was not looked at")
+    names = dict.fromkeys(plain(cell.attack) for cell in case.white)
+    return (
+        State.NOT_CHECKED,
+        f"no loss at random points is known of {', '.join(names)}; pgd, apgd, caa, margin_split "
+        "and other attacks with the options steps and random_start tell it",
+    )
+
+
+def _best_kept(case: Case) -> Outcome:
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    doubt = case.told(case.white, "silent-success")
+    if doubt is not None:
+        return _failed(f"{_name(doubt.cell)}: {doubt.message}")
+    for cell in case.white:
+        if not any(row.judged for row in case.measured(cell).values()):
+            return (
+                State.NOT_CHECKED,
+                f"the loss of the image that {_name(cell)} kept is not recorded",
+            )
+    return _passed("no image was kept, unbroken, with a worse loss than one on the way to it")
+
+
 def _converged(case: Case) -> Outcome:
     if not case.white:
         return _needs(3, "adaptive attack with gradients")
@@ -285,6 +337,41 @@ def _settled(case: Case, budget: Budget) -> Outcome:
                 return _passed(f"with twice the steps {_name(more)} {words}")
             told = f"with twice the steps {_name(more)} still {words}"
     return _failed(told)
+
+
+def _carries_over(case: Case) -> Outcome:
+    """Of images that the attack took for breaks, how many broke nothing of what is deployed."""
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    shown, random = "", case.facts is not None and case.facts.stochastic
+    for cell in case.white:
+        rows = case.measured(cell).values()
+        held = [row for row in rows if row.believed and row.compressed_clean]
+        if random and not all(row.draws for row in held):
+            return State.NOT_CHECKED, "one draw of a random defence decides nothing (rule 15)"
+        lost = sum(not _broke_once(row) for row in held)
+        words = f"{lost} of {count(len(held), 'image')} that it took for a break"
+        if lost > MISTAKEN * len(held):
+            return _failed(f"{_name(cell)}: {words} broke nothing of what is deployed")
+        if any(row.believed is not None for row in rows):
+            shown = shown or f"{_name(cell)}: {words} did not break the deployed answer"
+    if shown:
+        return _passed(shown)
+    if not any(row.judged for cell in case.white for row in case.measured(cell).values()):
+        return State.NOT_CHECKED, "whether an attack took its image for a break is not recorded"
+    names = dict.fromkeys(plain(cell.attack) for cell in case.white)
+    return _not_applicable(
+        f"the loss of {', '.join(names)} has no known zero, so nobody knows whether it took an "
+        "image for a break; margin_split, apgd with loss: margin, suite and minimal tell"
+    )
+
+
+def _broke_once(row: Row) -> bool:
+    """Whether it broke the deployed answer; under several draws, in one at least.
+
+    An attack on a mean over draws is right about the mean, so one draw may go the other way.
+    """
+    return broke_compressed(row) or (row.draws is not None and row.draws.broken > 0)
 
 
 def _unbounded(case: Case) -> Outcome:
@@ -377,13 +464,32 @@ def _randomness(case: Case) -> Outcome:
 
 
 def _evaluation_draws(case: Case) -> Outcome:
-    if case.facts is not None and not case.facts.stochastic:
+    if case.facts is None:
+        return _needs(3, "record of what the defence is")
+    if not case.facts.stochastic:
         return _not_applicable("it draws nothing")
-    return (
-        State.NOT_CHECKED,
-        "the defended target answers with one draw a sample; the mean and the worst over several, "
-        "and an attack on one fixed draw, are not measured",
-    )
+    if not case.white:
+        return _needs(3, "adaptive attack with gradients")
+    cells = case.sound or case.white
+    rows = [row for cell in cells for row in case.measured(cell).values()]
+    least = min((row.draws.count if row.draws else 1 for row in rows), default=1)
+    if least == 1 and not any(row.judged for row in rows):
+        return State.NOT_CHECKED, "under how many draws answers were asked for is not recorded"
+    if least < EVALUATED:
+        return _failed(f"the defended target was asked under {count(least, 'draw')} a sample")
+    budget = _strongest(case)
+    known = case.at(cells, budget) or cells
+    found = over_draws(worst_attack(case.measured(cell) for cell in known))
+    shown = "" if found is None else f": CSFR {drawn_text(found)}"
+    return _passed(f"k = {least} draws a sample at ε {epsilon_text(known[0].epsilon)}{shown}")
+
+
+def _fixed_draw(case: Case) -> Outcome:
+    if case.facts is None:
+        return _needs(3, "record of what the defence is")
+    if not case.facts.stochastic:
+        return _not_applicable("it draws nothing")
+    return State.NOT_CHECKED, "no attack here is told the seed that the deployment draws with"
 
 
 def _optimising(case: Case) -> Outcome:
@@ -514,6 +620,8 @@ def _slow_down(case: Case) -> Outcome:
         return _needs(3, "record of what the defence is")
     if not case.kinds & {"detector", "fallback"}:
         return _not_applicable("it asks for nothing more than one answer")
+    if "detector" in case.kinds:
+        return _alarms(case)
     for cell in case.forcing:
         rows = case.measured(cell).values()
         if rows and all(row.seconds for row in rows):
@@ -524,6 +632,35 @@ def _slow_down(case: Case) -> Outcome:
                 f"{clean}), and answers take {took[1] / max(took[0], 1e-9):.2f} times as long"
             )
     return _failed("no attack of the run tries to make it spend more")
+
+
+def _alarms(case: Case) -> Outcome:
+    """Alarms raised on purpose, and what they cost where each is answered with all tokens."""
+    told = "no attack of the run raises its alarm on purpose"
+    for cell in case.forcing:
+        rows = list(case.measured(cell).values())
+        if not options_of(cell).get("adaptive") or not rows:
+            continue
+        if not all(row.seconds for row in rows):
+            told = f"the seconds of answers under {_name(cell)} are not recorded"
+            continue
+        if not all(row.alarms for row in rows):
+            return State.NOT_CHECKED, f"which images of {_name(cell)} are flagged is not recorded"
+        flagged = [sum(bool(row.alarms and row.alarms[side]) for row in rows) for side in (0, 1)]
+        clean, hit = (sum(_with_alarm(row, side) for row in rows) for side in (0, 1))
+        return _passed(
+            f"under {_name(cell)} {flagged[1]} of {count(len(rows), 'sample')} raise the alarm "
+            f"(clean {flagged[0]}); where an alarm is answered again with all tokens, watching and "
+            f"answering take {hit / max(clean, 1e-9):.2f} times as long, where it is only "
+            "recorded, no longer"
+        )
+    return _failed(told)
+
+
+def _with_alarm(row: Row, side: int) -> float:
+    """Seconds of an image (0 clean, 1 attacked), watched, and answered again where flagged."""
+    full, compressed = row.seconds[2 * side], row.seconds[2 * side + 1]
+    return compressed + row.watching + full * bool(row.alarms and row.alarms[side])
 
 
 def _reproducible(case: Case) -> Outcome:
@@ -617,15 +754,16 @@ RULES: Final[tuple[Rule, ...]] = (
         7,
         "stable loss",
         "MUST",
-        "",
-        _unchecked("the loss at random points around a picture is not recorded"),
+        "attack a smoothed loss: the mean over several draws or noisy copies, or BPDA through a "
+        "smooth `surrogate`; leave checks.stability on",
+        _stable,
     ),
     Rule(
         8,
         "best iterate kept",
         "MUST",
-        "",
-        _unchecked("the loss of the image that was kept is not recorded"),
+        "keep the best iterate of the path, not the last, and say its loss (`Proposal.kept`)",
+        _best_kept,
     ),
     Rule(
         9,
@@ -638,8 +776,9 @@ RULES: Final[tuple[Rule, ...]] = (
         10,
         "success carries over",
         "MUST",
-        "",
-        _unchecked("whether an attack succeeded by its own surrogate gradient is not recorded"),
+        "what the attack goes through differs from what is deployed: make forward passes equal, "
+        "and only the backward pass a surrogate",
+        _carries_over,
     ),
     Rule(
         11,
@@ -664,7 +803,14 @@ RULES: Final[tuple[Rule, ...]] = (
         _gradient_free,
     ),
     Rule(15, "randomness", "MUST", f"set draws to {DRAWS} or more; the route is EOT", _randomness),
-    Rule(15, "draws of the evaluation", "MUST", "", _evaluation_draws),
+    Rule(
+        15,
+        "draws of the evaluation",
+        "MUST",
+        f"set checks.draws to {EVALUATED} or more",
+        _evaluation_draws,
+    ),
+    Rule(15, "attack on a fixed draw", "MUST", "", _fixed_draw),
     Rule(
         16,
         "optimisation in the defence",
@@ -696,8 +842,8 @@ RULES: Final[tuple[Rule, ...]] = (
         25,
         "slow-down",
         "MUST",
-        "list an attack that wants it to spend more, such as force_fallback or verbose; until then "
-        "read its cost as a lower bound",
+        "list an attack that wants it to spend more, such as force_fallback (with adaptive: true "
+        "against a detector) or verbose; until then read its cost as a lower bound",
         _slow_down,
     ),
     Rule(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports import availability, defended, detection, taxonomy, transfer
+from reports import availability, defended, detection, draws, taxonomy, transfer
 from reports.findings import Findings
 from reports.marks import MEANING, bare, failed, rule_text
 from reports.reading import DIAGNOSIS, HOW_TO_READ, statements
@@ -51,6 +51,7 @@ def render_markdown(manifest: Manifest, summary: Mapping[str, Any], found: Findi
         _cells(summary),
         _defenses(summary),
         _extra("Availability", availability.CAPTION, availability.table(manifest, summary)),
+        _extra("Over draws", draws.CAPTION, draws.table(summary)),
         _extra("Detectors", detection.CAPTION, detection.table(summary)),
         transfer_section(summary.get("transfer")),
         _findings(found),

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reports.records import Demands, Diagnosis, Trial
+from reports.records import Demands, Detection, Diagnosis, Draws, Trial
 from reports.registry import METRICS
 from reports.statistics import (
     EMPTY,
@@ -81,12 +81,24 @@ class Row(NamedTuple):
     """Of the four answers; empty if unknown."""
     traced: bool = False
     """The attack left a trace of its loss."""
+    judged: bool = False
+    """The loss of the image that was kept is recorded."""
+    believed: bool | None = None
+    """Whether the attack took it for a break of the compressed answer; None if it cannot tell."""
+    unstable: float | None = None
+    """How the attack's loss jumps around the clean image, see `records.Objective`."""
     saved: bool = False
     """The attacked image is in the run folder."""
     fallbacks: tuple[bool, bool] = (False, False)
     """Whether the clean and the attacked image were given more tokens than the compressor keeps."""
     watched: bool = False
     """A detector has scored both images."""
+    alarms: tuple[bool, bool] | None = None
+    """Whether a detector flags the clean and the attacked image, at 5 % false positives."""
+    watching: float = 0.0
+    """Seconds in which a detector scores one image."""
+    draws: Draws | None = None
+    """What became of it under several draws; None under one."""
     retention: float | None = None
     """Share of the visual tokens that compression left of the clean image."""
 
@@ -135,9 +147,15 @@ def row_of(trial: Trial) -> Row:
         pipelines=_pipelines(trial),
         seconds=() if demands is None else _seconds_of(demands),
         traced=len(trial.loss) > 1,
+        judged=trial.objective is not None and trial.objective.kept is not None,
+        believed=None if trial.objective is None else trial.objective.believed,
+        unstable=None if trial.objective is None else trial.objective.unstable,
         saved=trial.attacked_png is not None,
         watched=trial.detection is not None,
         fallbacks=_fallbacks(demands),
+        alarms=_alarms(trial.detection),
+        watching=0.0 if trial.detection is None else trial.detection.seconds,
+        draws=trial.draws,
         retention=_retention(trial),
     )
 
@@ -151,6 +169,12 @@ def _fallbacks(found: Demands | None) -> tuple[bool, bool]:
     if found is None:
         return (False, False)
     return found.clean_compressed.fallback, found.attacked_compressed.fallback
+
+
+def _alarms(found: Detection | None) -> tuple[bool, bool] | None:
+    if found is None or found.limit is None:
+        return None
+    return found.clean > found.limit, found.attacked > found.limit
 
 
 def _retention(trial: Trial) -> float | None:

@@ -19,6 +19,7 @@ from reports.baseline import Baselines
 from reports.checks import Doubt, grouped, run_checks, vetoes
 from reports.deciding import Doubts, Measured, Run, decide
 from reports.detection import Scores, detectors
+from reports.draws import over_draws
 from reports.errors import ReportError
 from reports.gate import GateDecision, Progress, cell_label, conclude
 from reports.gate_bounds import bounds_of
@@ -165,6 +166,7 @@ class _Measured:
             **_cell(self._manifest, cell, rows, metrics, self._done[cell.id]),
             "badge": self.badges.of(cell),
             **minimal_epsilon(cell, rows),
+            **({"draws": found} if (found := over_draws(rows)) else {}),
             "checks": [{"code": one.code, "message": one.message} for one in doubts],
         }
 

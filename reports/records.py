@@ -137,6 +137,21 @@ class Effort(_Record):
     """Questions to the deployed target."""
 
 
+class Objective(_Record):
+    """What the loss of an attack says of the image it made; minimised, in the attack's own unit."""
+
+    kept: float | None = None
+    """Of the image that was kept; None where the attack judged none by a loss."""
+    best: float | None = None
+    """The least on the way to it."""
+    believed: bool | None = None
+    """Whether the attack took the image for one that breaks the compressed answer: by a loss with a
+    known zero, or because it asked. None where it could not tell."""
+    unstable: float | None = None
+    """Of the first samples of an adaptive attack: mean change of the loss at random points within
+    8/255 of the clean image ÷ its size, in [0, 1]. None where it was not measured."""
+
+
 class Demand(_Record):
     """What one answer demanded of the model."""
 
@@ -173,6 +188,26 @@ class Pipelines(_Record):
     """Of what the attack took its gradients or answers from; "" where the defence was not in it."""
 
 
+class Draws(_Record):
+    """Answers under several independent draws of a random defence or compressor.
+
+    In how many draws, the first among them being the one that the rest of a trial is of.
+    """
+
+    count: int
+    """Draws in all."""
+    clean: int
+    """The compressed path was right on the clean image."""
+    attacked: int
+    """It was right on the attacked image."""
+    broken: int
+    """It was right on the clean image and wrong on the attacked one."""
+    eligible: int
+    """Both paths were right on the clean image."""
+    failures: int
+    """A compression-specific failure."""
+
+
 class Detection(_Record):
     """How suspicious a detector finds the two pictures; higher is more, on its own scale."""
 
@@ -180,6 +215,9 @@ class Detection(_Record):
     attacked: float
     seconds: float = 0.0
     """Of scoring one picture: an equal share of its batch, mean of both."""
+    limit: float | None = None
+    """Threshold for 5 % false positives; what lies above it is flagged. None in ledgers from before
+    it was recorded."""
 
 
 class Calibration(_Record):
@@ -254,6 +292,10 @@ class Trial(_Record):
     """In cells of a detector: its scores."""
     loss: list[float] = Field(default_factory=list)
     """The attack's loss trace, at most 64 points, first and last included."""
+    draws: Draws | None = None
+    """None under one draw, and where nothing is drawn."""
+    objective: Objective | None = None
+    """None in ledgers from before it was recorded."""
     checks: list[str] = Field(default_factory=list)
     """Self-checks that fired on this sample, each naming its remedy."""
     timings: dict[str, float] = Field(default_factory=dict)

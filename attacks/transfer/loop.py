@@ -169,7 +169,7 @@ class _Descent:
             if step < steps:
                 gradient = self._finite(self._step(step), step)
                 slopes[step] = gradient.abs().flatten(1).amax(1)
-        return Proposal(kept, losses, slopes, self.mask)
+        return Proposal(kept, losses, slopes, self.mask, kept=best)
 
     def _picture(self) -> Tensor:
         delta = self.pattern.spread(self.point, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,11 @@ from redteam.errors import PlanError
 from redteam.evaluation import Asker, Replies, Reply, Shot, good
 from redteam.pictures import Pixels, decode_png, encode_png, to_pixels
 from redteam.plan import ImageGroup, Plan, PlannedCell, WorkUnit, seed_of
-from redteam.scenario import Method
+from redteam.scenario import Method, digest
 from redteam.screening import screen
-from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_scores
-from reports.records import Effort, Trial
+from redteam.steadiness import Around, look_around
+from redteam.trials import Attacked, Swapped, changed, measured, unmeasured, with_draws, with_scores
+from reports.records import Effort, Objective, Trial
 from reports.store import RunStore
 from targets.errors import TargetError
 
@@ -33,7 +35,7 @@ _THREADS: Final = 4
 """Readers, encoders and decoders of pictures; none of them holds the interpreter for long."""
 
 if TYPE_CHECKING:
-    from attacks.base import Attack
+    from attacks.base import Attack, OwnLoss
     from defenses.detector import Detector
     from targets.base import ImageView
     from targets.compression.base import Compressor
@@ -54,6 +56,7 @@ class _Made:
     effort: Effort
     made_by: str
     pipeline: str
+    objective: Objective
 
 
 @dataclass(slots=True)
@@ -112,6 +115,7 @@ class LocalEngine:
         self._loaded = ""
         self._block: _Block | None = None
         self._surrogates: dict[str, LVLM] = {}
+        self._around: dict[tuple[str, int], Around | None] = {}
         self._transferred: dict[tuple[str, int], dict[int, Attacked | Failure]] = {}
 
     def prepare(self) -> dict[str, Any]:
@@ -208,11 +212,53 @@ class LocalEngine:
                 all_tokens,
                 compressed[key],
             ]
+            others = [
+                self._redrawn(asker, block, planned, shots, replies, draw)
+                for draw in range(1, self._draws(asker, planned))
+            ]
             scores = None
             if asker.guard(defense).detector is not None:
                 scores = self._watched(asker, block, planned, shots, store)
-            trials += self._trials(asker, unit, planned, attacked, replies, scores)
+            trials += self._trials(asker, unit, planned, attacked, replies, scores, others)
         return trials
+
+    def _draws(self, asker: Asker, planned: PlannedCell) -> int:
+        """Under how many draws the answers of a cell are asked for: one where nothing is drawn."""
+        paths = (None, planned.compression)
+        drawing = any(asker.draws(one, planned.defense) for one in paths)
+        return self._plan.scenario.checks.draws if drawing else 1
+
+    @staticmethod
+    def _redrawn(
+        asker: Asker,
+        block: _Block,
+        planned: PlannedCell,
+        shots: Mapping[int, Shot],
+        first: Sequence[Replies],
+        draw: int,
+    ) -> list[Replies]:
+        """The four answers under another draw; a path on which nothing is drawn answers as before.
+
+        Args:
+            asker: of the target.
+            block: clean pictures.
+            planned: the cell.
+            shots: attacked pictures.
+            first: the four answers of the first draw.
+            draw: its number, ≥ 1.
+        """
+        found = list(first)
+        for place, one in enumerate((None, planned.compression)):
+            if not asker.draws(one, planned.defense):
+                continue
+            key = (one.label if one else "", f"{planned.defense.label}/{draw}")
+            where = f"draw {draw + 1}"
+            if key not in block.clean:
+                some = good(block.shots)
+                block.clean[key] = asker.ask(some, one, planned.defense, where, draw=draw)
+            found[place] = block.clean[key]
+            found[place + 2] = asker.ask(shots, one, planned.defense, where, draw=draw)
+        return found
 
     def hardware(self) -> dict[str, Any]:
         """This machine."""
@@ -428,6 +474,7 @@ class LocalEngine:
         found |= dict(zip(ready, saved, strict=True))
         if block.number == 0:
             self._repeat(asker, group, shots, found, store)
+            self._look_around(asker, group, shots, found, store)
         if group.surrogates and len(self._plan.scenario.targets) > 1:
             self._transferred[key] = found  # the same images attack every target
         return found
@@ -500,6 +547,39 @@ class LocalEngine:
             if message and isinstance(one, Attacked):
                 found[index] = replace(one, checks=(*one.checks, message))
 
+    def _look_around(
+        self,
+        asker: Asker,
+        group: ImageGroup,
+        shots: Mapping[int, Shot],
+        found: dict[int, Attacked | Failure],
+        store: Vault,
+    ) -> None:
+        """Note on the first samples how the loss of an adaptive attack jumps around clean images.
+
+        Not where it is the mean over several draws of the defence, which is what a loss that jumps
+        would call for.
+        """
+        checks = self._plan.scenario.checks
+        if group.defense is None or not checks.stability:
+            return
+        if asker.instance(group.defense).draws and group.attack.draws > 1:
+            return
+        chosen = list(good(found))[: checks.stability]
+        methods = (group.target, group.attack, group.known, group.defense)
+        what = digest([one and one.spec for one in methods])[:12]  # one for all budgets
+        missing = {index: shots[index] for index in chosen if (what, index) not in self._around}
+        if missing:
+            attack, view = self._means(asker, group, store)
+            draw = (self._plan.scenario.seed, f"{what}/around")
+            seen = look_around(asker, attack, view, missing, checks.points, draw)
+            self._around |= {(what, index): seen.get(index) for index in missing}
+        for index in chosen:
+            one, around = found[index], self._around[what, index]
+            if around is not None and isinstance(one, Attacked) and one.objective is not None:
+                told = {"unstable": round(around.instability(one.loss), 6)}
+                found[index] = replace(one, objective=one.objective.model_copy(update=told))
+
     def _propose(
         self, asker: Asker, group: ImageGroup, shots: Sequence[Shot], store: Vault
     ) -> list[_Made]:
@@ -528,6 +608,7 @@ class LocalEngine:
                 effort,
                 makers[row],
                 pipeline,
+                _objective(result.own[row]),
             )
             for row, (pixels, base) in enumerate(
                 zip(to_pixels(result.images), to_pixels(result.base), strict=True)
@@ -602,6 +683,7 @@ class LocalEngine:
         attacked: Mapping[int, Attacked | Failure],
         replies: Sequence[Replies],
         scores: Sequence[Mapping[int, Watched | Failure]] | None = None,
+        others: Sequence[Sequence[Replies]] = (),
     ) -> list[Trial]:
         """One trial for each sample of the unit in one cell."""
         shared = len(unit.group.cells)
@@ -611,7 +693,8 @@ class LocalEngine:
             image = attacked[index]
             four = [one[index] for one in replies if index in one]
             seen = [one[index] for one in scores or () if index in one]
-            wrong = [part for part in (image, *four, *seen) if isinstance(part, Failure)]
+            again = [one[index] for four_ in others for one in four_ if index in one]
+            wrong = [part for part in (image, *four, *seen, *again) if isinstance(part, Failure)]
             if wrong or isinstance(image, Failure):
                 failed[index] = wrong[0]
             else:
@@ -629,7 +712,8 @@ class LocalEngine:
             places = asker.places(one.clean)
             trial = measured(planned.cell, one, replied, swap, places, evidence, shared, deployed)
             seen = [found[index] for found in scores or ()]
-            trials.append(with_scores(trial, [one for one in seen if isinstance(one, Watched)]))
+            trial = with_scores(trial, [one for one in seen if isinstance(one, Watched)])
+            trials.append(with_draws(trial, [_answered(four, index) for four in others]))
         return trials
 
     def _unmeasured(
@@ -705,6 +789,7 @@ def _attacked(made: _Made, clean: Shot, store: Vault) -> Attacked:
         made_by=made.made_by,
         pipeline=made.pipeline,
         base=base,
+        objective=made.objective,
     )
 
 
@@ -732,6 +817,7 @@ def _for_cache(made: _Made) -> Entry:
         "effort": made.effort.model_dump(),
         "made_by": made.made_by,
         "pipeline": made.pipeline,
+        "objective": made.objective.model_dump(),
     }
     return Entry(facts, encode_png(made.pixels), encode_png(made.base))
 
@@ -748,7 +834,23 @@ def _from_cache(entry: Entry) -> _Made:
         effort=Effort.model_validate(facts["effort"]),
         made_by=str(facts["made_by"]),
         pipeline=str(facts["pipeline"]),
+        objective=Objective.model_validate(facts["objective"]),
     )
+
+
+def _objective(own: OwnLoss) -> Objective:
+    return Objective(kept=_finite(own.kept), best=_finite(own.best), believed=own.believed)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: what no finite loss was judged of has none."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _answered(four: Sequence[Replies], index: int) -> tuple[Reply, ...]:
+    """The answers about one sample that could be given."""
+    found = [one[index] for one in four]
+    return tuple(one for one in found if isinstance(one, Reply))
 
 
 def _pixels(made: _Made | Failure) -> Pixels | None:

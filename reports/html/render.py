@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import availability, defended, detection, taxonomy, text, transfer
+from reports import availability, defended, detection, draws, taxonomy, text, transfer
 from reports.findings import SHOWN, Findings
 from reports.gate import cell_label
 from reports.html import charts, heat, retention, stages, tradeoff
@@ -92,6 +92,8 @@ def render(store: RunStore, summary: Mapping[str, Any], found: Findings) -> str:
         survival=charts.survival_charts(cells),
         availability=availability.table(manifest, summary),
         availability_caption=availability.CAPTION,
+        over_draws=draws.table(summary),
+        over_draws_caption=draws.CAPTION,
         defenses=defended.table(summary),
         defenses_caption=defended.CAPTION,
         defenses_meaning=MEANING,

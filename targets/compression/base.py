@@ -347,6 +347,11 @@ class Compressor(ABC):
         """Pictures ``[B, 3, H, W]`` in [0, 1] as it hands them on (Stage.PIXELS shrinks them)."""
         return images
 
+    @property
+    def draws(self) -> bool:
+        """Whether what it keeps depends on the seeds it is given."""
+        return False
+
     def foresee(self, preview: Preview, images: Tensor, seeds: Sequence[int]) -> Compressor:
         """Itself, ready for these pictures.
 

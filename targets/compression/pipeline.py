@@ -57,6 +57,11 @@ class Pipeline(Compressor):
         return self.stages[0].prunes_at
 
     @property
+    def draws(self) -> bool:
+        """If a stage does."""
+        return any(one.draws for one in self.stages)
+
+    @property
     def sees_tower(self) -> bool:
         """If any part does."""
         return any(one.sees_tower for one in self.stages)

@@ -53,6 +53,11 @@ class Random(Compressor):
         """The layer option."""
         return self.layer
 
+    @property
+    def draws(self) -> bool:
+        """It does nothing else."""
+        return True
+
     def score(self, seen: Seen) -> Scores:
         """Uniform random numbers in [0, 1), ``[I, V]``."""
         width = seen.features.shape[1]

@@ -64,6 +64,11 @@ class Wrapped(Compressor):
         return self.base.attends
 
     @property
+    def draws(self) -> bool:
+        """If the one inside does."""
+        return self.base.draws
+
+    @property
     def sees_tower(self) -> bool:
         """If the one inside does."""
         return self.base.sees_tower

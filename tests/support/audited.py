@@ -26,6 +26,7 @@ from reports.records import (
     Demands,
     GateSpec,
     Manifest,
+    Objective,
     PartFacts,
     Pipelines,
     Trial,
@@ -94,6 +95,9 @@ def outcome(defense: str, attack: str, broken: int, count: int = N) -> list[Tria
             demands=demands(1.0 if defense == "none" else 1.6 + 0.01 * (i % 5)),
             attacked_png="0" * 64,
             loss=[1.0, 0.5, 0.2],
+            objective=Objective(
+                kept=0.2, best=0.2, believed=i < broken, unstable=0.02 if i < 2 else None
+            ),
         )
         for i in range(count)
     ]
@@ -128,6 +132,7 @@ class Run:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=lambda: {"targets": {"scenes-a": {"w": "9"}}})
     gates: list[GateSpec] = field(default_factory=list)
+    scenario: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def good(cls, count: int = N) -> Run:
@@ -170,6 +175,7 @@ class Run:
             self.count,
             cells=self.cells,
             gates=self.gates,
+            scenario=self.scenario,
             provenance={"identity": self.identity},
         )
 

@@ -10,6 +10,7 @@ from attacks.checks import (
     no_progress,
     not_decreasing,
     run_checks,
+    silent_success,
     unfinished,
     zero_gradient,
 )
@@ -80,3 +81,16 @@ def test_all_messages_of_a_sample_are_given() -> None:
 
 def test_a_sample_without_optimisation_has_nothing_to_check() -> None:
     assert run_checks([], []) == ()
+
+
+def test_silent_success_fires_where_a_worse_image_was_kept() -> None:
+    message = silent_success([1.0, 0.2, 0.6], 0.6)
+    assert message is not None
+    assert message.startswith("silent-success: ")
+    assert run_checks([1.0, 0.2, 0.6], [1.0, 1.0], 0.6)[-1] == message
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.2 + 1e-7, 0.1, None])
+def test_silent_success_is_silent(kept: float | None) -> None:
+    assert silent_success([1.0, 0.2, 0.6], kept) is None
+    assert silent_success([0.1, 0.3], kept) is None, "there is no way between start and end"

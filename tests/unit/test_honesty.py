@@ -18,9 +18,7 @@ from audited import (
 )
 
 from reports.honesty import RULES, State
-from reports.records import Cell, GateSpec, PartFacts
-
-UNCHECKED = (7, 8, 10)
+from reports.records import Cell, Draws, GateSpec, PartFacts
 
 
 def of(
@@ -46,12 +44,34 @@ def coded(run: Run, wanted: Callable[[Cell], bool], code: str) -> None:
     run.row(wanted, codes=(code,))
 
 
-def spend(run: Run, kind: str = "force_fallback") -> None:
-    """An attack that wants the defence to spend more."""
+def spend(run: Run, kind: str = "force_fallback", *, adaptive: bool = True) -> None:
+    """An attack that wants the defence to spend more; of a detector, its alarm."""
     cell = cell_of("good", "caa adaptive", MIDDLE)
-    spec = {**cell.spec, "attack": {"type": kind, "adaptive": True, "steps": 50}}
+    spec = {**cell.spec, "attack": {"type": kind, "adaptive": adaptive, "steps": 50}}
     run.cells.append(cell.model_copy(update={"id": "force", "attack": kind, "spec": spec}))
-    run.rows["force"] = [row._replace(fallbacks=(False, True)) for row in run.rows[cell.id]]
+    run.rows["force"] = [
+        row._replace(fallbacks=(False, True), alarms=(i < 16, i < 160), watching=0.01)
+        for i, row in enumerate(run.rows[cell.id])
+    ]
+
+
+def drawn(run: Run, count: int = 10, route: str = "eot") -> None:
+    """It is random, and was asked under several draws: what broke, broke in half of them."""
+    guard(run, stochastic=True, route=route)
+    for cell in filter(of("good"), run.cells):
+        run.rows[cell.id] = [
+            row._replace(
+                draws=Draws(
+                    count=count,
+                    clean=count,
+                    attacked=count - (hit := (count // 2) * row.failure),
+                    broken=hit,
+                    eligible=count,
+                    failures=hit,
+                )
+            )
+            for row in run.rows[cell.id]
+        ]
 
 
 def kind_of(name: str, *calibration: str) -> dict[str, Any]:
@@ -117,6 +137,29 @@ def zero_gradients(run: Run) -> None:
 
 def no_progress(run: Run) -> None:
     coded(run, of("good", "caa adaptive", epsilon=SMALL), "no-progress")
+
+
+def jagged_loss(run: Run) -> None:
+    cell = cell_of("good", "caa adaptive", MIDDLE)
+    values = (0.05, 0.16)
+    run.rows[cell.id] = [
+        row._replace(unstable=values[i] if i < 2 else None)
+        for i, row in enumerate(run.rows[cell.id])
+    ]
+
+
+def stability_switched_off(run: Run) -> None:
+    run.row(of("good"), unstable=None)
+    run.scenario = {"checks": {"repeat": 2, "stability": 0}}
+
+
+def last_iterate(run: Run) -> None:
+    coded(run, of("good", "caa adaptive", epsilon=SMALL), "silent-success")
+
+
+def only_the_surrogate_broke(run: Run) -> None:
+    cell = cell_of("good", "caa adaptive", MIDDLE)
+    run.rows[cell.id] = [row._replace(believed=i < 60) for i, row in enumerate(run.rows[cell.id])]
 
 
 def never_doubled(run: Run) -> None:
@@ -186,13 +229,21 @@ def no_black_box(run: Run) -> None:
 
 
 def few_draws(run: Run) -> None:
-    guard(run, stochastic=True, route="eot")
+    drawn(run)
     run.option(of("good", *WHITE), draws=4)
     run.option(of("none", *WHITE), draws=4)
 
 
 def one_draw_of_it(run: Run) -> None:
-    guard(run, stochastic=True, route="differentiable")
+    drawn(run, route="differentiable")
+
+
+def few_draws_of_the_evaluation(run: Run) -> None:
+    drawn(run, count=9)
+
+
+def one_draw_of_the_evaluation(run: Run) -> None:
+    guard(run, stochastic=True, route="eot")
 
 
 def not_transferred_from_static(run: Run) -> None:
@@ -233,6 +284,16 @@ def nobody_slows_it_down(run: Run) -> None:
     guard(run, **kind_of("fallback", "other"))
 
 
+def nobody_raises_the_alarm(run: Run) -> None:
+    guard(run, **kind_of("detector", "other"))
+    run.row(of("good"), watched=True)
+
+
+def who_does_not_know_it_raises_no_alarm(run: Run) -> None:
+    nobody_raises_the_alarm(run)
+    spend(run, adaptive=False)
+
+
 def no_weights(run: Run) -> None:
     run.identity = {}
 
@@ -259,10 +320,14 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (5, no_undefended_noise),
     (6, zero_gradients),
     (6, no_progress),
+    (7, jagged_loss),
+    (7, stability_switched_off),
+    (8, last_iterate),
     (9, never_doubled),
     (9, still_rising),
     (9, not_decreasing),
     (9, no_trace),
+    (10, only_the_surrogate_broke),
     (11, survives_anything),
     (11, never_unbounded),
     (12, two_budgets),
@@ -277,6 +342,8 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (14, no_black_box),
     (15, few_draws),
     (15, one_draw_of_it),
+    (15, few_draws_of_the_evaluation),
+    (15, one_draw_of_the_evaluation),
     (16, not_transferred_from_static),
     (17, few_in_common),
     (19, parts_never_alone),
@@ -285,6 +352,8 @@ SPOILT: list[tuple[int, Callable[[Run], None]]] = [
     (23, leaked),
     (23, threshold_from_nowhere),
     (25, nobody_slows_it_down),
+    (25, nobody_raises_the_alarm),
+    (25, who_does_not_know_it_raises_no_alarm),
     (26, no_weights),
     (26, lost_images),
     (26, not_repeatable),
@@ -299,9 +368,9 @@ def test_a_good_defence_passes_every_rule_that_can_be_checked() -> None:
     findings = Run.good().findings()
     states = {one.rule: one.state for one in findings if one.level == "MUST"}
     assert not [one.sentence for one in findings if one.blocks]
-    assert {rule for rule, state in states.items() if state is State.NOT_CHECKED} == {*UNCHECKED}
+    assert State.NOT_CHECKED not in states.values()
     applied = {rule for rule, state in states.items() if state is State.PASSED}
-    assert applied == {1, 2, 3, 4, 5, 6, 9, 11, 12, 13, 14, 17, 20, 26}
+    assert applied == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 17, 20, 26}
 
 
 @pytest.mark.parametrize(("rule", "spoil"), SPOILT, ids=lambda one: getattr(one, "__name__", one))
@@ -319,7 +388,7 @@ def test_each_rule_fails_alone(rule: int, spoil: Callable[[Run], None]) -> None:
 def test_every_rule_that_can_fail_has_a_defence_that_fails_it() -> None:
     spoilt = {rule for rule, _ in SPOILT}
     must = {rule.number for rule in RULES if rule.level == "MUST"}
-    assert must - spoilt - {*UNCHECKED} == {20}  # a run of its own, below
+    assert must - spoilt == {20}  # a run of its own, below
     assert [rule.number for rule in RULES] == sorted(rule.number for rule in RULES)
     assert {rule.number for rule in RULES} == set(range(1, 27))
 
@@ -332,19 +401,82 @@ def test_too_few_samples(count: int, expected: list[int]) -> None:
     assert blocking(run) == expected
 
 
-@pytest.mark.parametrize("rule", UNCHECKED)
-def test_what_nothing_records_is_never_passed(rule: int) -> None:
-    (found,) = [one for one in Run.good().findings() if one.rule == rule]
-    assert found.state is State.NOT_CHECKED
-    assert found.message
+def test_a_loss_that_an_older_run_did_not_record_is_not_checked() -> None:
+    run = Run.good()
+    run.row(of("good", *WHITE), judged=False, unstable=None, believed=None)
+    for rule in (7, 8, 10):
+        (found,) = [one for one in run.findings() if one.rule == rule]
+        assert found.state is State.NOT_CHECKED
+    assert blocking(run) == []
 
 
-def test_random_defences_say_what_their_evaluation_lacks() -> None:
+def test_an_attack_without_a_known_zero_tells_nothing_of_what_it_believes() -> None:
+    run = Run.good()
+    run.row(of("good"), believed=None)
+    (found,) = [one for one in run.findings() if one.rule == 10]
+    assert (found.state, blocking(run)) == (State.NOT_APPLICABLE, [])
+    assert "margin_split" in found.message
+
+
+def test_a_few_margins_near_zero_may_fall_either_way() -> None:
+    run = Run.good()
+    cell = cell_of("good", "caa adaptive", MIDDLE)
+    run.rows[cell.id] = [row._replace(believed=i < 46) for i, row in enumerate(run.rows[cell.id])]
+    assert blocking(run) == []
+
+
+def test_a_mean_over_draws_is_what_a_jagged_loss_calls_for() -> None:
+    run = Run.good()
+    drawn(run)
+    run.row(of("good"), unstable=None)
+    (found,) = [one for one in run.findings() if one.rule == 7]
+    assert found.state is State.PASSED
+    assert "20 draws" in found.message
+
+
+def test_an_attack_whose_loss_nobody_can_ask_for_is_not_checked() -> None:
+    run = Run.good()
+    run.row(of("good"), unstable=None)
+    (found,) = [one for one in run.findings() if one.rule == 7]
+    assert (found.state, blocking(run)) == (State.NOT_CHECKED, [])
+
+
+def test_alarms_on_purpose_are_told_with_what_they_cost() -> None:
+    run = Run.good()
+    nobody_raises_the_alarm(run)
+    spend(run)
+    (found,) = [one for one in run.findings() if one.rule == 25]
+    assert found.state is State.PASSED
+    assert "160 of 320 samples raise the alarm (clean 16)" in found.message
+    # Each 0.032 s and 0.01 s of watching, and another 0.032 s where flagged: half against 5 %.
+    assert "1.33 times as long" in found.message
+    assert "only recorded, no longer" in found.message
+    assert blocking(run) == []
+    run.rows["force"] = [row._replace(alarms=None) for row in run.rows["force"]]
+    (found,) = [one for one in run.findings() if one.rule == 25]
+    assert found.state is State.NOT_CHECKED, "runs from before say not which are flagged"
+
+
+def test_random_defences_are_told_by_the_mean_and_the_worst_of_their_draws() -> None:
+    run = Run.good()
+    drawn(run)
+    attack, evaluation, fixed = (one for one in run.findings() if one.rule == 15)
+    states = (attack.state, evaluation.state, fixed.state)
+    assert states == (State.PASSED, State.PASSED, State.NOT_CHECKED)
+    assert "k = 10 draws" in evaluation.message
+    assert "0.07 [" in evaluation.message, "45 of 320 in half of their draws"
+    assert "worst of 10: 0.14 [" in evaluation.message
+    assert blocking(run) == []
+    (place,) = next(one for one in run.badges().as_json() if one["defense"] == "good")["places"]
+    (middle,) = [one for one in place["budgets"] if one["epsilon"] == round(MIDDLE, 6)]
+    assert middle["adaptive"]["draws"]["csfr"]["worst"]["value"] == round(45 / N, 6)
+
+
+def test_one_draw_of_a_random_defence_decides_nothing_about_what_carries_over() -> None:
     run = Run.good()
     guard(run, stochastic=True, route="eot")
-    draws, evaluation = (one for one in run.findings() if one.rule == 15)
-    assert (draws.state, evaluation.state) == (State.PASSED, State.NOT_CHECKED)
-    assert blocking(run) == []
+    (found,) = [one for one in run.findings() if one.rule == 10]
+    assert found.state is State.NOT_CHECKED
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ FOLDERS = sorted(
     path.parent.relative_to(RUNS).as_posix() for path in RUNS.glob("*/*/manifest.json")
 )
 NEWER = {  # fields of a trial that came after the stage
-    "1/first": ("effort", "demands", "pipelines", "detection"),
-    "1/boxes": ("effort", "demands", "pipelines", "detection"),
-    "1/effort": ("demands", "pipelines", "detection"),
-    "1/demands": ("pipelines", "detection"),
-    "1/defenses": ("detection",),
-    "1/detectors": (),
+    "1/first": ("effort", "demands", "pipelines", "detection", "objective", "draws"),
+    "1/boxes": ("effort", "demands", "pipelines", "detection", "objective", "draws"),
+    "1/effort": ("demands", "pipelines", "detection", "objective", "draws"),
+    "1/demands": ("pipelines", "detection", "objective", "draws"),
+    "1/defenses": ("detection", "objective", "draws"),
+    "1/detectors": ("objective", "draws"),
 }
 
 
