@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from defenses.detector import Traffic
     from defenses.guard import Guard
     from targets.compression.base import Compressor, Selection
+    from targets.footprint import Footprint
     from targets.lvlm import LVLM, Answered
 
 Item = TypeVar("Item")
@@ -116,9 +117,12 @@ class Asker:
     @contextmanager
     def sharing(self) -> Iterator[None]:
         """Within it, answers about the same pictures share one run of the vision tower."""
+        from targets.lvlm import LVLM
         from targets.remembering import remembering
 
-        with remembering(one.family for one in (self.model, *self._hardened.values())):
+        models = (self.model, *self._hardened.values())
+        # A target of another package may be no LVLM of ours.
+        with remembering(one.family for one in models if isinstance(one, LVLM)):
             yield
 
     def each(
@@ -144,17 +148,24 @@ class Asker:
         found: dict[int, Result | Failure] = {}
         for indices in of_one_size(shots):
             shape = shots[indices[0]].pixels.shape
-            needs = self.model.footprint((shape[0], shape[1]))
             results = self.batcher.map(
                 indices,
                 function,
                 where,
                 names=lambda index: shots[index].sample.id,
                 key=f"{where}/{key}/{shape}",
-                each=passes * (needs.gradient if gradients else needs.answer),
+                each=passes * self._bytes((shape[0], shape[1]), gradients=gradients),
             )
             found.update(zip(indices, results, strict=True))
         return found
+
+    def _bytes(self, size: tuple[int, int], *, gradients: bool) -> int:
+        """Bytes that a pass of one picture is estimated to need; 0 if the target cannot say."""
+        estimate = getattr(self.model, "footprint", None)
+        if estimate is None:
+            return 0
+        needs: Footprint = estimate(size)
+        return needs.gradient if gradients else needs.answer
 
     def ask(
         self,

@@ -122,14 +122,15 @@ DECLARE_OTHERWISE = (attacks.TorchAttack, attacks.ArtAttack)
 def registered() -> dict[str, type[Attack]]:
     """Every concrete attack in the package that a scenario can name.
 
-    `Evade` is made of another attack when a run has a detector; tests/unit/test_evade.py has it.
+    `Evade` and `RaiseAlarm` are made when a run has a detector; test_evade.py and
+    test_raise_alarm.py have them.
     """
     found: dict[str, type[Attack]] = {}
     for module in pkgutil.iter_modules(attacks.__path__, "attacks."):
         for thing in vars(importlib.import_module(module.name)).values():
             if isinstance(thing, type) and issubclass(thing, Attack) and hasattr(thing, "name"):
                 found[thing.name] = thing
-    del found["evade"]
+    del found["evade"], found["raise_alarm"]
     return found
 
 
