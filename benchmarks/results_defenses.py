@@ -113,12 +113,13 @@ def type_of(defense: Any) -> str:
 
 
 def absent(scenario: Path, folders: Sequence[Path]) -> list[str]:
-    """Types of defences in the scenario that no folder holds."""
+    """Types of defences in the scenario that no adaptive attack was measured on in any folder."""
     whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
     there = {
-        one["type"]
+        json.loads(cell.spec)["type"]
         for folder in folders
-        for one in _json(folder, "manifest")["scenario"]["defenses"]
+        for cell in cells_of(folder)
+        if cell.rows and (cell.adaptive or cell.defense.startswith("none"))
     }
     return [name for name in dict.fromkeys(map(type_of, whole["defenses"])) if name not in there]
 
@@ -394,7 +395,7 @@ def page(folders: Sequence[Path], missing: Sequence[str]) -> str:
     said = _settings(manifests)
     some = any("VERIFIED" in line.badge and "UN" not in line.badge for line in lines.values())
     unverified = "" if some else " No row is verified: read all of them as upper bounds."
-    lacking = f"\n**Not run yet: {', '.join(missing)}.**\n" if missing else ""
+    lacking = f"\n**No adaptive attack yet on: {', '.join(missing)}.**\n" if missing else ""
     measured = ", ".join(sorted({str(one["created"])[:10] for one in manifests}))
     epsilons = sorted({cell["epsilon"] * 255 for one in manifests for cell in one["cells"]})
     return f"""# Defences, against attacks that know them and attacks that do not
