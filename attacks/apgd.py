@@ -187,4 +187,7 @@ def _replaced(best: Proposal, rows: Sequence[int], found: Proposal, take: Tensor
     done = best.done
     if done is not None and found.done is not None:
         done = done.index_copy(0, where, found.done[take])
-    return replace(best, images=images, loss=traces[0], gradient=traces[1], done=done)
+    exact = best.exact
+    if exact is not None and found.exact is not None:
+        exact = exact.index_copy(1, where, found.exact[:, take])
+    return replace(best, images=images, loss=traces[0], gradient=traces[1], done=done, exact=exact)

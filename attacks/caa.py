@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -195,7 +195,7 @@ class CAA(Attack):
             judge_every=self.preserve_every if self.preservation > 0 else 1,
         )
         found = descend(objective, batch, budget, rng, how=how, mask=pixels)
-        return Proposal(found.images, found.loss, found.gradient, pixels, tuple(objective.notes))
+        return replace(found, notes=tuple(objective.notes))
 
 
 @dataclass(frozen=True, slots=True)

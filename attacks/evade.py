@@ -177,6 +177,7 @@ class _Search:
             (None, None) if self._found is None else (self._found.loss, self._found.gradient)
         )
         done = None if self._found is None else self._found.done
+        exact = None if self._found is None else self._found.exact
         return Proposal(
             self._images,
             loss,
@@ -186,6 +187,7 @@ class _Search:
             forwards=forwards,
             backwards=backwards,
             done=done,
+            exact=exact,
         )
 
 
@@ -196,7 +198,10 @@ def _merged(old: Proposal, new: Proposal, take: Tensor) -> Proposal:
         None if one is None or two is None else torch.where(take, two, one)
         for one, two in ((old.loss, new.loss), (old.gradient, new.gradient))
     ]
-    return replace(old, loss=traces[0], gradient=traces[1], done=done)
+    exact = old.exact
+    if old.exact is not None and new.exact is not None:
+        exact = torch.where(take, new.exact, old.exact)
+    return replace(old, loss=traces[0], gradient=traces[1], done=done, exact=exact)
 
 
 def _settled(batch: Batch, found: Proposal, budget: Budget) -> Tensor:

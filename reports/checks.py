@@ -30,7 +30,13 @@ ALPHA = 0.05
 """Two-sided level of the paired tests, divided by the number of comparisons made for a cell."""
 TOLERANCE = 0.01
 """A rate may fall by this much (one point) along a curve, or rise with twice the steps."""
-MAX_SHARE = {"zero-gradient": 0.0, "no-progress": 0.05, "not-decreasing": 0.05, "unfinished": 0.05}
+MAX_SHARE = {
+    "zero-gradient": 0.0,
+    "no-progress": 0.05,
+    "not-decreasing": 0.05,
+    "unfinished": 0.05,
+    "reduced-precision": 0.05,
+}
 """Of the samples that could be broken, the share on which a code may stand before the cell is in
 doubt: none for a gradient of zero, else what a gate tolerates in errors, for the same reason."""
 
@@ -39,6 +45,7 @@ REMEDY = {
     "no-progress": "try a margin loss (a log-likelihood saturates where the model is sure), a "
     "smaller alpha, a random start or more steps",
     "not-decreasing": "lower alpha or use a decaying schedule",
+    "reduced-precision": "set engine.attack_precision to float32",
     "unfinished": "raise steps, or run the attack with twice the steps in the same scenario: if "
     "that breaks no more, this is lifted",
     "no-gain": "give it more steps, restarts or another loss; if the model really withstands it, "
