@@ -202,4 +202,10 @@ def _replaced(best: Proposal, rows: Sequence[int], found: Proposal, take: Tensor
         done = done.index_copy(0, where, found.done[take])
     if kept is not None and found.kept is not None:
         kept = kept.index_copy(0, where, found.kept[take])
-    return replace(best, images=images, loss=traces[0], gradient=traces[1], done=done, kept=kept)
+    exact = best.exact
+    if exact is not None and found.exact is not None:
+        exact = exact.index_copy(1, where, found.exact[:, take])
+    loss, gradient = traces
+    return replace(
+        best, images=images, loss=loss, gradient=gradient, done=done, kept=kept, exact=exact
+    )

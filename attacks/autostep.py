@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attacks.base import Proposal
 from attacks.budget import Budget, project
-from attacks.descent import Objective, Run, Work, best_restart, direction, evaluate
+from attacks.descent import Objective, Run, Work, best_restart, direction, evaluate, finished
 from attacks.seeds import SeedBank
 from targets.base import Batch
 
@@ -72,8 +72,8 @@ def autostep(
         return _run(work, Run.blank(batch.images, budget), budget, begin)
 
     first = None if random_start else batch.images
-    best = best_restart(run, Work.all(objective, batch, mask), budget, rng, first)
-    return best.proposal(mask)
+    work = Work.all(objective, batch, mask)
+    return finished(work, best_restart(run, work, budget, rng, first), budget)
 
 
 class _Best:

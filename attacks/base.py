@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from attacks.budget import Budget, from_levels, norms, quantise, to_levels
-from attacks.checks import run_checks
+from attacks.checks import reduced_precision, run_checks
 from attacks.errors import AttackError
 from attacks.metering import Meter, MeteredView
 from attacks.options import check_options
 from attacks.seeds import SeedBank
 from targets.base import TOLD, Batch, ImageView, Knowledge, Withheld, includes
+from targets.precision import FULL, REDUCED, attacking
 
 if TYPE_CHECKING:
     from targets.compression.base import Compressor
@@ -73,6 +74,8 @@ class Proposal:
         done: bool ``[B]``, samples that left before the last step because they had reached what
             the attack wants (`attacks.descent.Ending`); None: none did. Checks of `loss` and
             `gradient`, which look for signs that an attack failed, leave them out.
+        exact: ``[2, B]`` loss of `images` in the reduced precision they were made in and in full
+            precision, which becomes the last point of the trace; None where nothing was reduced.
     """
 
     images: Tensor
@@ -88,6 +91,7 @@ class Proposal:
     kept: Tensor | None = None
     own: tuple[OwnLoss, ...] | None = None
     believed: Tensor | None = None
+    exact: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,8 @@ class AttackResult:
 
     Attributes:
         images: ``[B, 3, H, W]``, exact multiples of 1/255 in [0, 1], inside the budget.
-        loss: per sample its loss trace, at most 64 points, first and last included.
+        loss: per sample its loss trace, at most 64 points, first and last included. Of an attack
+            in reduced precision the last is that of the image returned, in full precision.
         linf: float64 ``[B]``, largest absolute change, measured after rounding.
         l2: float64 ``[B]``, Euclidean length of the change over pixels and channels.
         checks: per sample the messages of `attacks.checks` that fired.
@@ -303,9 +308,11 @@ class Attack(ABC):
         if budget.is_empty:
             why = () if epsilon == 0 else (f"epsilon {epsilon:.3g} is below one 8-bit level",)
             return _result(base, base.clone(), Proposal(base, notes=why), meter)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), attacking(metered):
             proposed = self.propose(metered, own, budget, SeedBank(seeds, clean.device))
         proposal = proposed if isinstance(proposed, Proposal) else Proposal(proposed)
+        if metered.precision != FULL and proposal.checks is None and proposal.exact is None:
+            proposal = _unjudged(proposal, meter)
         with torch.no_grad():
             result = _result(base, _admit(batch, base, proposal, budget), proposal, meter)
             notes = (*result.notes, *_vanished(budget, proposal, result))
@@ -417,6 +424,7 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
         checks = tuple(
             () if won else run_checks(loss, slope, one.kept) for loss, slope, one, won in parts
         )
+    losses, checks = _judged_exactly(proposal, losses, checks)
     return AttackResult(
         images=images,
         loss=[_thin([value for value in column if not math.isnan(value)]) for column in losses],
@@ -431,6 +439,32 @@ def _result(base: Tensor, images: Tensor, proposal: Proposal, meter: Meter) -> A
         made_by=proposal.made_by,
         own=own,
     )
+
+
+def _unjudged(proposal: Proposal, meter: Meter) -> Proposal:
+    """A note where an image was made in reduced precision and no loss of it is known."""
+    if not meter.backwards:
+        return proposal
+    note = (
+        f"gradients were taken in {REDUCED}, and this attack keeps no loss of its own to judge the "
+        "image by in float32"
+    )
+    return replace(proposal, notes=(*proposal.notes, note))
+
+
+def _judged_exactly(
+    proposal: Proposal, losses: list[list[float]], checks: Sequence[tuple[str, ...]]
+) -> tuple[list[list[float]], tuple[tuple[str, ...], ...]]:
+    """Traces with the loss in full precision at their end, and the check of it."""
+    if proposal.exact is None:
+        return losses, tuple(checks)
+    pairs: list[list[float]] = proposal.exact.double().cpu().t().tolist()
+    told = []
+    for trace, found, (reduced, exact) in zip(losses, checks, pairs, strict=True):
+        message = reduced_precision(trace, reduced, exact)
+        told.append(found if message is None else (*found, message))
+    ended = [[*trace, exact] for trace, (_, exact) in zip(losses, pairs, strict=True)]
+    return ended, tuple(told)
 
 
 def _vanished(budget: Budget, proposal: Proposal, result: AttackResult) -> tuple[str, ...]:

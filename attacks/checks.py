@@ -16,6 +16,10 @@ LAST_STEPS = 10
 """How many steps at the end are examined for a loss that is still moving."""
 STILL_MOVING = 0.05
 """Share of the whole descent in the last steps above which the run was too short."""
+LOST = 0.05
+"""Share of the descent in reduced precision that may be missing in full precision."""
+ROUNDING = 2.0**-7
+"""Of a loss: what bfloat16 does not tell apart anyway."""
 
 Losses = Sequence[float]
 """Loss at each judged step of one sample, minimised; the first is that of the starting point."""
@@ -117,6 +121,28 @@ def run_checks(
         silent_success(seen, kept),
     ]
     return tuple(message for message in messages if message is not None)
+
+
+def reduced_precision(losses: Losses, reduced: float, exact: float) -> str | None:
+    """The image is worse in full precision than the passes that made it said.
+
+    Tolerated is 5 % of the descent, or 1/128 of the loss, whichever is more.
+
+    Args:
+        losses: judged losses in reduced precision, first to last.
+        reduced: that of the image returned.
+        exact: its loss in full precision.
+    """
+    seen = [value for value in losses if not math.isnan(value)]
+    descent = seen[0] - reduced if seen else 0.0
+    tolerance = max(LOST * descent, ROUNDING * abs(reduced), 1e-6)
+    if exact <= reduced + tolerance:
+        return None
+    return (
+        f"reduced-precision: the loss of the image is {exact:.4g} in float32 and {reduced:.4g} in "
+        "the bfloat16 it was made in; part of the descent was rounding. Set "
+        "engine.attack_precision to float32."
+    )
 
 
 def _tolerance(losses: Losses) -> float:

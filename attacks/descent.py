@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,7 @@ from attacks.budget import Budget, project, quantise
 from attacks.errors import AttackError
 from attacks.seeds import SeedBank
 from targets.base import Batch
+from targets.precision import exactly, is_reduced
 
 Schedule = Literal["constant", "cosine", "halving"]
 
@@ -123,8 +124,8 @@ def descend(
     def run(work: Work, begin: Tensor) -> Run:
         return _run(work, Run.blank(batch.images, budget), budget, begin, how)
 
-    best = best_restart(run, Work.all(objective, batch, mask), budget, rng, first)
-    return best.proposal(mask)
+    work = Work.all(objective, batch, mask)
+    return finished(work, best_restart(run, work, budget, rng, first), budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +255,21 @@ class Run:
         """Note the largest absolute pixel gradient of a step."""
         self.gradient[step, work.rows] = gradient.abs().flatten(1).amax(1)
 
-    def proposal(self, mask: Tensor | None) -> Proposal:
-        """What `propose` returns."""
-        return Proposal(self.images, self.loss, self.gradient, mask, done=self.done, kept=self.best)
+
+def finished(work: Work, run: Run, budget: Budget) -> Proposal:
+    """What `propose` returns; made in reduced precision, it is judged once more without.
+
+    Args:
+        work: the whole batch.
+        run: the best of it.
+        budget: it was made in.
+    """
+    found = Proposal(run.images, run.loss, run.gradient, work.mask, done=run.done, kept=run.best)
+    if not is_reduced():
+        return found
+    with exactly():
+        seen = evaluate(work.objective, work.batch, run.images, budget, budget.steps)
+    return replace(found, exact=torch.stack([run.best, seen.loss.to(run.best)]))
 
 
 def better(one: Run, two: Run) -> Run:

@@ -196,7 +196,10 @@ def _merged(old: Proposal, new: Proposal, take: Tensor) -> Proposal:
         None if one is None or two is None else torch.where(take, two, one)
         for one, two in ((old.loss, new.loss), (old.gradient, new.gradient), (old.kept, new.kept))
     ]
-    return replace(old, loss=traces[0], gradient=traces[1], done=done, kept=traces[2])
+    exact = old.exact
+    if exact is not None and new.exact is not None:
+        exact = torch.where(take, new.exact, exact)
+    return replace(old, loss=traces[0], gradient=traces[1], done=done, kept=traces[2], exact=exact)
 
 
 def _settled(batch: Batch, found: Proposal, budget: Budget) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attacks.errors import AttackError
 from targets.base import CALLS, Knowledge, PathMargins, Surrogate, WhiteBoxView, includes
+from targets.precision import FULL
 from targets.views import DeniedAttributeError, Sealed, denial
 
 _QUERIES = frozenset({"ask", "option_scores"})
@@ -40,7 +41,8 @@ class MeteredView:
     It has the calls of `targets.base.CALLS` that the declared knowledge grants. A backward pass is
     counted where it really happens, by a hook on the images that enter the view, so an attack that
     calls autograd itself is counted like one that uses `attacks.descent`. Surrogates are metered
-    alike. `random` says whether a defence inside the view draws.
+    alike. `random` says whether a defence inside the view draws, `precision` in what the
+    passes of an attack run.
 
     Args:
         view: the target's view.
@@ -64,6 +66,7 @@ class MeteredView:
             )
         self.knowledge = knowledge
         self.random = bool(getattr(view, "random", False))
+        self.precision = str(getattr(view, "precision", FULL))
         # A defence inside the view may look several times at each picture.
         counter = _Counter(meter, getattr(view, "passes_in", _once))
         for name, needed in CALLS.items():

@@ -119,7 +119,10 @@ BLOCK: Final = 32
 
 
 class EngineOptions(BaseModel):
-    """How a run is executed; results do not depend on it beyond rounding."""
+    """How a run is executed; results do not depend on it beyond rounding.
+
+    `attack_precision` is the exception: what bfloat16 rounds away decides which image is made.
+    """
 
     model_config = _STRICT
 
@@ -127,6 +130,8 @@ class EngineOptions(BaseModel):
     batch_size: Literal["auto"] | Annotated[int, Interval(ge=1, le=4096)] = "auto"
     """Pictures at a time; auto begins with what memory is estimated to hold, `BLOCK` at most."""
     device: str = "auto"
+    attack_precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the passes an attack takes; answers are always given in the target's own precision."""
     workers: Literal["auto"] | Annotated[int, Interval(ge=1, le=4096)] = "auto"
     """Of Ray: processes; auto is one per GPU, or per two CPU cores."""
     address: str | None = None

@@ -36,6 +36,7 @@ MAX_SHARE = {
     "not-decreasing": 0.05,
     "unfinished": 0.05,
     "silent-success": 0.0,
+    "reduced-precision": 0.05,
 }
 """Of the samples that could be broken, the share on which a code may stand before the cell is in
 doubt: none for what no sound attack does, else what a gate tolerates in errors, for the same
@@ -46,6 +47,7 @@ REMEDY = {
     "no-progress": "try a margin loss (a log-likelihood saturates where the model is sure), a "
     "smaller alpha, a random start or more steps",
     "not-decreasing": "lower alpha or use a decaying schedule",
+    "reduced-precision": "set engine.attack_precision to float32",
     "unfinished": "raise steps, or run the attack with twice the steps in the same scenario: if "
     "that breaks no more, this is lifted",
     "silent-success": "keep the best iterate of the path, not the last",

@@ -133,6 +133,7 @@ class LocalEngine:
             others[surrogate.label] = dict(self._surrogate(surrogate).identity)
         for target in reversed(self._plan.scenario.targets):
             asker = self._open(target)
+            self._refuse_reduced(target, asker.model)
             self._try(target, asker.model)
             targets[target.label] = dict(asker.model.identity)
             for defense in self._plan.scenario.defenses:
@@ -146,7 +147,14 @@ class LocalEngine:
             "data": self._samples.identity,
             **({"calibration": found} if (found := self._calibrator.identity) else {}),
             "device": self.device.partition(":")[0],
+            **self._precision,
         }
+
+    @property
+    def _precision(self) -> dict[str, str]:
+        """In what attacks are computed, where that is not the target's own; it makes the images."""
+        precision = self._plan.scenario.engine.attack_precision
+        return {} if precision == "float32" else {"attack_precision": precision}
 
     def screen(self, rule: Filter) -> dict[str, str]:
         """Leave out, from now on, what the data set's filter leaves out.
@@ -347,6 +355,24 @@ class LocalEngine:
             raise PlanError(str(target.problem(str(error)))) from error
         return model
 
+    def _reduce(self, model: LVLM, group: ImageGroup, view: ImageView) -> ImageView:
+        """The view of an attack in the precision it is to run in; surrogates keep their own."""
+        if not self._precision or group.surrogates:
+            return view
+        from targets.precision import ReducedView
+
+        return ReducedView(view, model.device)
+
+    def _refuse_reduced(self, target: Method, model: LVLM) -> None:
+        """Nothing is reduced that cannot be judged in full precision."""
+        if not self._precision:
+            return
+        from targets.precision import obstacle
+
+        why = obstacle(model.family.model.parameters(), model.device)
+        if why:
+            raise PlanError(str(target.problem(f"engine.attack_precision is bfloat16, but {why}")))
+
     def _surrogate(self, surrogate: Method) -> LVLM:
         """A surrogate, loaded once and kept."""
         if surrogate.label not in self._surrogates:
@@ -517,6 +543,7 @@ class LocalEngine:
                 "seed": seed_of(self._plan.scenario.seed, group.id, sample.id),
                 "max_new_tokens": asker.max_new_tokens,
                 "machine": self._machine,
+                **self._precision,
                 "image": shot.png,
                 "sample": [
                     getattr(sample, name)
@@ -585,6 +612,7 @@ class LocalEngine:
     ) -> list[_Made]:
         """Run the attack of a group on pictures of one size."""
         attack, view = self._means(asker, group, store)
+        view = self._reduce(asker.model, group, view)
         samples = [shot.sample for shot in shots]
         batch = batch_of(samples, asker.images(shots))
         seeds = [seed_of(self._plan.scenario.seed, group.id, one.id) for one in samples]

@@ -9,6 +9,7 @@ from workplace import SAMPLES, Workplace, ledger
 
 from attacks.base import Attack
 from redteam.cache import NOTE
+from reports.store import RunStore
 
 
 @pytest.fixture
@@ -53,7 +54,13 @@ def test_known_images_are_not_made_again(place: Workplace, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "changed", [("--no-cache",), ("--seed", "4"), ("--set", "attacks.caa.steps=3")]
+    "changed",
+    [
+        ("--no-cache",),
+        ("--seed", "4"),
+        ("--set", "attacks.caa.steps=3"),
+        ("--set", "engine.attack_precision=bfloat16"),
+    ],
 )
 def test_what_is_not_the_same_is_made(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, changed: tuple[str, ...]
@@ -63,6 +70,47 @@ def test_what_is_not_the_same_is_made(
     failed = [t for t in ledger(place.folder / "second") if t["error"]]
     assert failed
     assert {t["error"]["message"] for t in failed} == {"an attack was run"}
+
+
+REDUCED = ("--set", "engine.attack_precision=bfloat16")
+
+
+def test_reduced_precision_makes_other_images_under_the_same_names(place: Workplace) -> None:
+    """It decides which image is made, so the manifest has it and a resume refuses another."""
+    place.redteam("run", "scenario.yaml", "--out", "second", *REDUCED)
+    one, two = (RunStore.read(place.folder / name).manifest for name in ("first", "second"))
+    assert two.provenance["identity"]["attack_precision"] == "bfloat16"
+    assert "attack_precision" not in one.provenance["identity"]
+    assert [cell.id for cell in one.cells] == [cell.id for cell in two.cells]
+    seeds = [
+        {(t["cell"], t["sample"]): t["seed"] for t in ledger(place.folder / name)}
+        for name in ("first", "second")
+    ]
+    assert seeds[0] == seeds[1]
+    plain, reduced = images(place, "first"), images(place, "second")
+    assert plain != reduced
+    for trial in ledger(place.folder / "second"):
+        assert trial["error"] is None
+    clean = [
+        {(t["cell"], t["sample"]): t["answers"] for t in ledger(place.folder / name)}
+        for name in ("first", "second")
+    ]
+    kept = [key for key in plain if plain[key][0] == reduced[key][0]]
+    assert kept, "what takes no gradients is the same"
+    assert all(clean[0][key] == clean[1][key] for key in kept), "answers are in its own precision"
+    path = place.folder / "second" / "ledger.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # not complete
+    again = place.redteam("run", "scenario.yaml", "--out", "second")
+    assert again.returncode == 2
+    assert "attack_precision" in again.stderr
+
+
+def test_half_weights_cannot_be_judged_in_full_precision(place: Workplace) -> None:
+    done = place.redteam(
+        "run", "scenario.yaml", "--out", "third", *REDUCED, "--set", "targets.0.dtype=bfloat16"
+    )
+    assert done.returncode == 2
+    assert "has bfloat16 weights" in done.stderr
 
 
 def test_the_images_equal_those_of_a_run_without_it(place: Workplace) -> None:

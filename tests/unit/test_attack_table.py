@@ -54,6 +54,8 @@ ROWS = [
     Row(attacks.APGD(steps=6, path="compressed", loss="margin", restarts=2)),
     Row(attacks.APGD(steps=6, path="both", norm="l2")),
     Row(attacks.APGD(steps=6, targets=2, loss="dlr")),
+    Row(attacks.PGD(steps=5, path="compressed", stop_when_broken=True), every_sample=False),
+    Row(attacks.APGD(steps=6, restarts=2, path="both", stop_when_broken=True), every_sample=False),
     Row(attacks.Square(queries=40), uses_gradient=False),
     Row(attacks.Square(queries=40, norm="l2"), uses_gradient=False),
     Row(attacks.Query(queries=12), uses_gradient=False),
