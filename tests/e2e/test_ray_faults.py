@@ -123,16 +123,15 @@ def test_ctrl_c_once_waits_for_the_units_and_twice_does_not(
 
 
 def test_a_second_run_on_the_folder_is_refused(place: Workplace, whole: dict[str, Any]) -> None:
-    place.edit(f"delay: {DELAY}", "delay: 2.0")  # the second has to come while the first goes on
     process, _ = start(place, *RUN, "run")
     in_flight(place.folder / "run")
+    process.send_signal(signal.SIGSTOP)  # so that it is at work however long the others take
     for how in ((), AS_LOCAL):
         second, _ = start(place, *RUN, "run", *how)
         _, err = second.communicate(timeout=200)
         assert second.returncode == 3, err
         assert f"run is being written by another run (process {process.pid})" in err
-        if process.poll() is not None:
-            break
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 4, err
     assert summary(place.folder / "run") == whole
