@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -87,11 +87,4 @@ class RaiseAlarm(Attack):
 
         how = Descent(schedule="cosine", momentum=self.momentum)
         found = descend(loss, batch, budget, rng, how=how)
-        return Proposal(
-            found.images,
-            found.loss,
-            found.gradient,
-            kept=found.kept,
-            forwards=asked[0],
-            backwards=asked[1],
-        )
+        return replace(found, forwards=asked[0], backwards=asked[1])

@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     target = LVLM.load(WEIGHTS / arguments.checkpoint, device=arguments.device)
-    batch = _batch(arguments.batch, arguments.device)
+    batch = validation_batch(arguments.batch, arguments.device)
     cases = _cases(arguments.checkpoint, target, batch, arguments.device)
     times: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(arguments.repeats + 1):
@@ -119,7 +119,8 @@ def _ratios(medians: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _batch(size: int, device: str) -> Batch:
+def validation_batch(size: int, device: str) -> Batch:
+    """The first validation samples of the scenes, one question a picture."""
     samples = world.samples("validation", size)
     images = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2) / 255
     return Batch(

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from attack_steps import validation_batch
 
 from attacks.apgd import APGD
 from attacks.base import AttackResult
@@ -28,10 +28,7 @@ from attacks.pgd import PGD
 from targets.base import Batch, Knowledge
 from targets.compression.fastv import FastV
 from targets.lvlm import LVLM
-from targets.scenes import WEIGHTS, world
-
-OPTIONS = {"exists": ("yes", "no")}
-"""Answers of the questions that have a closed set of them."""
+from targets.scenes import WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     target = LVLM.load(WEIGHTS / arguments.checkpoint, device=arguments.device)
     view: Any = target.view(Knowledge.WHITE_BOX, FastV(layer=2, retention=0.25))
-    batch = _batch(arguments.samples, arguments.device)
+    batch = validation_batch(arguments.samples, arguments.device)
     left = Judge(view, "compressed").open(batch) & Judge(view, "full").open(batch)
     batch = batch.rows(left.nonzero()[:, 0].tolist())
     seeds = [arguments.seed * 1000 + row for row in range(len(batch.ids))]
@@ -137,18 +134,6 @@ def _compared(
         "success without": round(broken[False], 3),
         "success with": round(broken[True], 3),
     }
-
-
-def _batch(size: int, device: str) -> Batch:
-    samples = world.samples("validation", size)
-    images = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2) / 255
-    return Batch(
-        tuple(s.id for s in samples),
-        images.to(device),
-        tuple(s.question for s in samples),
-        tuple(s.answer for s in samples),
-        tuple(OPTIONS.get(s.kind, ()) for s in samples),
-    )
 
 
 if __name__ == "__main__":

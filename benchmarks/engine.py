@@ -173,14 +173,20 @@ def _interleaved(runs: dict[str, Callable[[], None]], repeats: int = 5) -> dict[
 
 def sweep(samples: int, device: str) -> dict[str, Any]:
     """One run of all budgets against a run each."""
+    return {"budgets": len(BUDGETS), **_swept("epsilons", BUDGETS, samples, device)}
+
+
+def _swept(
+    key: str, choices: Sequence[str], samples: int, device: str, *more: str
+) -> dict[str, Any]:
+    """One run over all choices of a key against a run for each; images of a cheap attack."""
     attacks = "attacks=[{type: noise}, {type: pgd, steps: 4}]"
-    fixed = [attacks, f"engine.device={device}", f"engine.batch_size={min(samples, 32)}"]
-    _run([*fixed, f"epsilons=[{BUDGETS[0]}]"], 2)
-    together, _ = _run([*fixed, f"epsilons=[{', '.join(BUDGETS)}]"], samples)
-    apart = [_run([*fixed, f"epsilons=[{one}]"], samples)[0] for one in BUDGETS]
+    fixed = [attacks, f"engine.device={device}", f"engine.batch_size={min(samples, 32)}", *more]
+    _run([*fixed, f"{key}=[{choices[0]}]"], 2)  # the first run of a process imports and warms up
+    together, _ = _run([*fixed, f"{key}=[{', '.join(choices)}]"], samples)
+    apart = [_run([*fixed, f"{key}=[{one}]"], samples)[0] for one in choices]
     return {
         "samples": samples,
-        "budgets": len(BUDGETS),
         "seconds_together": round(together, 2),
         "seconds_apart": [round(one, 2) for one in apart],
         "together ÷ apart": round(together / sum(apart), 3),
@@ -191,19 +197,8 @@ def retentions(samples: int, device: str) -> dict[str, Any]:
     """One run through all compressions against a run each; one image serves all of them."""
     shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     options = [f"{{type: fastv, layer: 2, retention: {share}}}" for share in shares]
-    attacks = "attacks=[{type: noise}, {type: pgd, steps: 4}]"
-    fixed = [attacks, f"engine.device={device}", f"engine.batch_size={min(samples, 32)}"]
-    fixed.append("epsilons=[8/255]")
-    _run([*fixed, f"compressions=[{options[0]}]"], 2)
-    together, _ = _run([*fixed, f"compressions=[{', '.join(options)}]"], samples)
-    apart = [_run([*fixed, f"compressions=[{one}]"], samples)[0] for one in options]
-    return {
-        "samples": samples,
-        "retentions": list(shares),
-        "seconds_together": round(together, 2),
-        "seconds_apart": [round(one, 2) for one in apart],
-        "together ÷ apart": round(together / sum(apart), 3),
-    }
+    found = _swept("compressions", options, samples, device, "epsilons=[8/255]")
+    return {"retentions": list(shares), **found}
 
 
 def shared(samples: int, device: str) -> dict[str, Any]:

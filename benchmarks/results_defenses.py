@@ -83,7 +83,7 @@ def main() -> None:
     if not folders:
         raise SystemExit(f"no part of {arguments.scenario} has run in {arguments.runs}")
     arguments.page.parent.mkdir(parents=True, exist_ok=True)
-    text = page(folders, absent(arguments.scenario, folders))
+    text = page(folders, listed(arguments.scenario))
     others = sorted(one.parent for one in arguments.transferred.glob("*/manifest.json"))
     text += transferred(others) if others else ""
     arguments.page.write_text(text, encoding="utf-8")
@@ -112,16 +112,15 @@ def type_of(defense: Any) -> str:
     return "stack" if "stack" in defense else str(defense["type"])
 
 
-def absent(scenario: Path, folders: Sequence[Path]) -> list[str]:
-    """Types of defences in the scenario that no adaptive attack was measured on in any folder."""
-    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+def absent(kinds: Sequence[str], lines: Mapping[tuple[str, str], Line]) -> list[str]:
+    """Types of defences that no adaptive attack was measured on."""
     there = {
         json.loads(cell.spec)["type"]
-        for folder in folders
-        for cell in cells_of(folder)
-        if cell.rows and (cell.adaptive or cell.defense.startswith("none"))
+        for line in lines.values()
+        for cell in line.defense.values()
+        if cell.adaptive or cell.defense == "none"
     }
-    return [name for name in dict.fromkeys(map(type_of, whole["defenses"])) if name not in there]
+    return [name for name in kinds if name not in there]
 
 
 def run(part: Path) -> None:
@@ -214,7 +213,9 @@ def lines_of(folder: Path) -> dict[tuple[str, str], Line]:
     return found
 
 
-def joined(parts: Sequence[Mapping[tuple[str, str], Line]]) -> dict[tuple[str, str], Line]:
+def joined(
+    parts: Sequence[Mapping[tuple[str, str], Line]], kinds: Sequence[str]
+) -> dict[tuple[str, str], Line]:
     """Lines of several folders: of each attack the cell that has most samples.
 
     The badge is that of the folder whose attacks know the defence, else of the fullest.
@@ -240,14 +241,18 @@ def joined(parts: Sequence[Mapping[tuple[str, str], Line]]) -> dict[tuple[str, s
     named = {(place, labels[spec]): line for (place, spec), line in found.items()}
     return {
         name: replace(named[name], control=controls[name[0]], **_own(name, controls))
-        for name in sorted(named, key=lambda name: order(name[1]))
+        for name in sorted(named, key=lambda name: place_of(name[1], kinds))
     }
 
 
-def order(label: str) -> int:
-    """Where the scenario lists a defence, by its label."""
-    whole = yaml.safe_load(SCENARIO.read_text(encoding="utf-8"))
-    kinds = [type_of(one) for one in whole["defenses"]]
+def listed(scenario: Path) -> list[str]:
+    """Types of the defences of a scenario, each once, in its order."""
+    whole = yaml.safe_load(scenario.read_text(encoding="utf-8"))
+    return list(dict.fromkeys(map(type_of, whole["defenses"])))
+
+
+def place_of(label: str, kinds: Sequence[str]) -> int:
+    """Where a scenario lists a defence, by its label."""
     kind = "stack" if " + " in label else label.split(" ")[0]
     return kinds.index(kind) if kind in kinds else len(kinds)
 
@@ -385,10 +390,11 @@ def _failures(cell: Cell) -> float:
     return sum(row.failure for row in cell.rows.values()) / len(cell.rows)
 
 
-def page(folders: Sequence[Path], missing: Sequence[str]) -> str:
-    """The whole page, from run folders."""
+def page(folders: Sequence[Path], kinds: Sequence[str]) -> str:
+    """The whole page, from run folders and the types of defences that should be in them."""
     manifests = [_json(folder, "manifest") for folder in folders]
-    lines = joined([lines_of(folder) for folder in folders])
+    lines = joined([lines_of(folder) for folder in folders], kinds)
+    missing = absent(kinds, lines)
     first = manifests[0]
     identity = first["provenance"].get("identity", {})
     compressions = list(dict.fromkeys(name[0] for name in lines))

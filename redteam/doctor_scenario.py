@@ -145,9 +145,11 @@ def _room(what: str, weights: int, target: Method) -> Iterator[Finding]:
     """Whether the weights fit, as far as can be told."""
     import torch
 
+    from redteam.batching import free_memory
+
     if not torch.cuda.is_available():
-        memory = _memory()
-        if memory and weights > memory:
+        memory = free_memory(torch.device("cpu"))
+        if weights > memory:
             yield Finding(
                 "broken",
                 what,
@@ -163,16 +165,6 @@ def _room(what: str, weights: int, target: Method) -> Iterator[Finding]:
             f"{weights / _GIB:.1f} GiB of weights, {free / _GIB:.1f} GiB free on all GPUs",
             f"free some, or load it in half precision (dtype is {target.options.get('dtype')})",
         )
-
-
-def _memory() -> int:
-    """Bytes of memory not in use; 0 where unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    values = {line.partition(":")[0]: line.partition(":")[2] for line in lines}
-    return int(values.get("MemAvailable", "0 kB").split()[0]) * 1024
 
 
 def _dataset(dataset: Method) -> Iterator[Finding]:

@@ -9,10 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from reports.marks import defense_text
 from reports.records import Demands, Manifest
-from reports.terminal import Table
-from reports.text import epsilon_text, interval, number, plain
+from reports.terminal import Column, Table, as_table, of_cells
+from reports.text import interval, number
 
 TYPES: Final = frozenset({"verbose", "token_count", "force_fallback"})
 """Attacks on availability; with one of them in a run, the table is shown."""
@@ -67,12 +66,8 @@ def table(manifest: Manifest, summary: Mapping[str, Any]) -> Table | None:
         return None
     answers = summary["timings"].get("answers", {})
     seconds, high = answers.get("cells", {}), answers.get("p95", {})
-    columns: list[tuple[str, bool, list[str]]] = [
-        ("target", False, [plain(cell["target"]) for cell in cells]),
-        ("compression", False, [plain(cell["compression"]) for cell in cells]),
-        ("attack", False, [plain(cell["attack"]) for cell in cells]),
-        ("defense", False, [defense_text(cell) or "none" for cell in cells]),
-        ("ε", True, [epsilon_text(cell["epsilon"]) for cell in cells]),
+    columns: list[Column] = [
+        *of_cells(cells),
         ("visual tokens", True, [_change(cell, "tokens") for cell in cells]),
         ("answer, full", True, [_change(cell, "length_full") for cell in cells]),
         ("answer, compressed", True, [_change(cell, "length_compressed") for cell in cells]),
@@ -83,15 +78,10 @@ def table(manifest: Manifest, summary: Mapping[str, Any]) -> Table | None:
             for what, of in (("seconds", seconds), ("p95", high))
         ),
     ]
-    shown = [
+    return as_table(
         column
         for column in columns
         if column[0] not in ("target", "defense") or len(set(column[2])) > 1
-    ]
-    return Table(
-        columns=tuple(heading for heading, _, _ in shown),
-        numeric=tuple(numeric for _, numeric, _ in shown),
-        rows=tuple(zip(*(values for _, _, values in shown), strict=True)),
     )
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from reports.marks import defense_text
 from reports.measure import Row
 from reports.statistics import cluster_mean
-from reports.terminal import Table
-from reports.text import epsilon_text, interval, plain
+from reports.terminal import Column, Table, as_table, of_cells
+from reports.text import interval
 
 CAPTION: Final = (
     "Random defences and compressors, asked under k independent draws of their own: what is to be "
@@ -90,12 +89,8 @@ def table(summary: Mapping[str, Any]) -> Table | None:
     cells = [cell for cell in summary["cells"] if cell.get("draws")]
     if not cells:
         return None
-    columns: list[tuple[str, bool, list[str]]] = [
-        ("target", False, [plain(cell["target"]) for cell in cells]),
-        ("compression", False, [plain(cell["compression"]) for cell in cells]),
-        ("attack", False, [plain(cell["attack"]) for cell in cells]),
-        ("defense", False, [defense_text(cell) or "none" for cell in cells]),
-        ("ε", True, [epsilon_text(cell["epsilon"]) for cell in cells]),
+    columns: list[Column] = [
+        *of_cells(cells),
         ("k", True, [str(cell["draws"]["draws"]) for cell in cells]),
     ]
     for title, name in (("CSFR", "csfr"), ("ASR, compressed", "compressed_asr")):
@@ -104,9 +99,4 @@ def table(summary: Mapping[str, Any]) -> Table | None:
         for what, key in (("expected", "expected"), ("worst of k", "worst")):
             values = [interval(cell["draws"][name][key], 2) for cell in cells]
             columns.append((f"{title}, {what}", True, values))
-    shown = [one for one in columns if one[0] != "target" or len(set(one[2])) > 1]
-    return Table(
-        columns=tuple(heading for heading, _, _ in shown),
-        numeric=tuple(numeric for _, numeric, _ in shown),
-        rows=tuple(zip(*(values for _, _, values in shown), strict=True)),
-    )
+    return as_table(one for one in columns if one[0] != "target" or len(set(one[2])) > 1)

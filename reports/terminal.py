@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,36 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def table(summary: Mapping[str, Any]) -> Table:
-    """One row per cell; columns that say the same in every row are left out."""
-    cells = summary["cells"]
-    columns: list[tuple[str, bool, list[str]]] = [
+Column = tuple[str, bool, list[str]]
+"""Heading, whether it holds numbers, and its values."""
+
+
+def of_cells(cells: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns that say which cell a row is about."""
+    return [
         ("target", False, [plain(cell["target"]) for cell in cells]),
         ("compression", False, [plain(cell["compression"]) for cell in cells]),
         ("attack", False, [plain(cell["attack"]) for cell in cells]),
         ("defense", False, [defense_text(cell) or "none" for cell in cells]),
         ("ε", True, [epsilon_text(cell["epsilon"]) for cell in cells]),
+    ]
+
+
+def as_table(columns: Iterable[Column]) -> Table:
+    """Columns as rows."""
+    shown = list(columns)
+    return Table(
+        columns=tuple(heading for heading, _, _ in shown),
+        numeric=tuple(numeric for _, numeric, _ in shown),
+        rows=tuple(zip(*(values for _, _, values in shown), strict=True)),
+    )
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """One row per cell; columns that say the same in every row are left out."""
+    cells = summary["cells"]
+    columns: list[Column] = [
+        *of_cells(cells),
         ("n", True, [f"{cell['n']:,}" for cell in cells]),
         ("errors", True, [f"{cell['errors']:,}" for cell in cells]),
         ("full", True, [_accuracies(cell, "full") for cell in cells]),
@@ -45,17 +66,12 @@ def table(summary: Mapping[str, Any]) -> Table:
         ("median ε", True, [_median(cell) for cell in cells]),
     ]
     optional = {"target", "defense", "errors", "median ε"}
-    shown = [
+    return as_table(
         column
         for column in columns
         if column[0] not in optional
         or len(set(column[2])) > 1
         or (column[0] in ("errors", "median ε") and set(column[2]) - {"0", "—"})
-    ]
-    return Table(
-        columns=tuple(heading for heading, _, _ in shown),
-        numeric=tuple(numeric for _, numeric, _ in shown),
-        rows=tuple(zip(*(values for _, _, values in shown), strict=True)),
     )
 
 

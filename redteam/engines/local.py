@@ -472,23 +472,10 @@ class LocalEngine:
         found: dict[int, Attacked | Failure] = {
             index: shot for index, shot in block.shots.items() if isinstance(shot, Failure)
         }
-
-        def run(indices: Sequence[int]) -> list[_Made]:
-            return self._propose(asker, group, [shots[index] for index in indices], store)
-
-        where = f"attack {group.attack.label}"
         keys = self._keys(asker, group, shots)
         results = self._recall(keys)
         missing = {index: shot for index, shot in shots.items() if index not in results}
-        passes = asker.passes(asker.instance(group.attack), group.defense, group.attack.draws)
-        made = asker.each(
-            missing,
-            run,
-            where,
-            key=group.id,
-            gradients=bool(group.gradients),
-            passes=passes * max(1, len(group.surrogates)),
-        )
+        made = self._make(asker, group, missing, store, f"attack {group.attack.label}")
         self._remember(keys, made)
         results |= made
         found |= {index: one for index, one in results.items() if isinstance(one, Failure)}
@@ -563,12 +550,8 @@ class LocalEngine:
         """Run the attack twice on the first samples, in equal batches, and note what differs."""
         chosen = list(good(found))[: self._plan.scenario.checks.repeat]
         some = {index: shots[index] for index in chosen}
-
-        def run(indices: Sequence[int]) -> list[_Made]:
-            return self._propose(asker, group, [some[index] for index in indices], store)
-
         where = f"attack {group.attack.label}, repeated"
-        first, second = asker.each(some, run, where), asker.each(some, run, where)
+        first, second = (self._make(asker, group, some, store, where) for _ in range(2))
         for index in chosen:
             one, message = found[index], changed(_pixels(first[index]), _pixels(second[index]))
             if message and isinstance(one, Attacked):
@@ -606,6 +589,29 @@ class LocalEngine:
             if around is not None and isinstance(one, Attacked) and one.objective is not None:
                 told = {"unstable": round(around.instability(one.loss), 6)}
                 found[index] = replace(one, objective=one.objective.model_copy(update=told))
+
+    def _make(
+        self,
+        asker: Asker,
+        group: ImageGroup,
+        shots: Mapping[int, Shot],
+        store: Vault,
+        where: str,
+    ) -> dict[int, _Made | Failure]:
+        """Attack pictures in batches that fit into memory."""
+
+        def run(indices: Sequence[int]) -> list[_Made]:
+            return self._propose(asker, group, [shots[index] for index in indices], store)
+
+        passes = asker.passes(asker.instance(group.attack), group.defense, group.attack.draws)
+        return asker.each(
+            shots,
+            run,
+            where,
+            key=group.id,
+            gradients=bool(group.gradients),
+            passes=passes * max(1, len(group.surrogates)),
+        )
 
     def _propose(
         self, asker: Asker, group: ImageGroup, shots: Sequence[Shot], store: Vault
